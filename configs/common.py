@@ -1,0 +1,147 @@
+"""The configuration all files here start from: the tree, the presets, the methods and the ablations.
+
+Order: tree -> preset -> method -> ablation -> keys after the colon -> --config.key=value on the command line.
+"""
+
+import ml_collections
+
+from mira_u_jax.config import check_value, parse_arg, update
+from mira_u_jax.errors import UserError
+
+KEYS = {
+    "frac": 0.25, "label_seed": 0, "seed": 0, "size": 256, "preset": "", "method": "", "ablate": "", "teacher": "",
+    "split": "", "data_dir": "",
+}  # fmt: skip
+
+
+def tree() -> ml_collections.ConfigDict:
+    """Every key with its default, the preset `full`."""
+    c = ml_collections.ConfigDict()
+    c.name = "isic"  # of the default workdir
+    c.dataset = "isic2016"  # what is trained on: isic2016 | ph2 | synthetic_lesions
+    c.test = "isic2016"  # what split=test is measured on
+    c.data_dir = ""  # "" is TFDS's default, ~/tensorflow_datasets or $TFDS_DATA_DIR
+    c.split = "test"  # dev: choices are made on a fifth of the training images, see docs/data.md
+    c.fold = -1  # ph2 only: train on the other four folds and test on this one; -1 is no folds
+    c.preset, c.method, c.ablate = "full", "mira_u", ""
+    c.frac = 0.25  # share of the official training images whose outlines are used
+    c.label_seed = 0  # which outlines: column of label_rank
+    c.seed = 0  # initial weights, data order, dropout, augmentation
+    c.size = 256  # images are squashed to size x size
+    c.student = dict(
+        widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "swin", "swin", "swin"),
+        skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1,
+    )  # fmt: skip
+    c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
+    c.mim = dict(
+        steps=5_000, batch=32, target="both", ratio=0.75, lr=1e-3,
+        decoder=dict(channels=128, depth=2, heads=4),
+    )  # fmt: skip
+    c.train = dict(
+        steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
+        log_every=50, save_every="5%", figures_every="20%", keep=1,
+    )  # fmt: skip
+    c.optim = dict(
+        lr=1e-3, weight_decay=0.05, clip=1.0, warmup=0.05, schedule="cosine",
+        # schedule=plateau: a share of the LABELLED images validates; patience counts validations
+        plateau=dict(every="1 epoch", factor=0.5, patience=10, cooldown=0, min_scale=0.01, holdout=0.2),
+    )  # fmt: skip
+    c.ema = dict(alpha=0.999)
+    c.teacher = dict(source="both", weights="ema", passes=8, dropout=True)
+    c.pseudo = dict(label="mu", weight="confidence", filter="sigma", kappa=0.1, tau_u=0.15, tau_p=0.95)
+    c.loss = dict(
+        lambda_dice=0.5, lambda_bce=0.5, lambda_u=1.0, lambda_c=0.1, norm="weights", beta=1.0, ramp=0.4, gamma=0.01
+    )
+    c.augment = dict(
+        geometry=dict(flip=True, rotate=180.0, scale=0.25, shift=0.1),
+        labelled_colour=0.5, weak_colour=0.2, strong_ops=2, strong_magnitude=9.0, cutout=0.15, cutmix=0.5,
+    )  # fmt: skip
+    return c
+
+
+NARROW = {
+    "student.widths": (16, 32, 64, 128, 128), "student.mlp_ratio": 2,
+    "vit.channels": 128, "vit.hidden": 256, "vit.heads": 4, "vit.head_channels": 16,
+    "mim.decoder.channels": 64, "mim.decoder.depth": 1, "mim.decoder.heads": 2,
+}  # fmt: skip
+
+PRESETS = {
+    # each stage a few steps: seconds, to see that everything runs
+    "smoke": NARROW | {
+        "size": 32, "student.widths": (8, 8, 16, 16, 16), "student.head_width": 8, "vit.channels": 32, "vit.depth": 1,
+        "vit.hidden": 64, "vit.patch": 4, "mim.decoder.channels": 32, "mim.steps": 4, "mim.batch": 4, "train.steps": 6,
+        "train.batch": 4, "train.log_every": 2, "train.save_every": 3, "train.figures_every": 3, "teacher.passes": 4,
+    },
+    # 64 px on two CPU cores, minutes
+    "cpu": NARROW | {
+        "size": 64, "mim.steps": 400, "mim.batch": 16, "train.steps": 1_500, "train.batch": 8,
+        "teacher.passes": 4, "ema.alpha": 0.99,
+    },
+    # `make run`: the same in a few minutes
+    "quick": NARROW | {
+        "size": 64, "mim.steps": 200, "mim.batch": 16, "train.steps": 600, "train.batch": 8,
+        "teacher.passes": 4, "ema.alpha": 0.98,
+    },
+    "cpu128": NARROW | {
+        "size": 128, "mim.steps": 400, "mim.batch": 16, "train.steps": 3_000, "train.batch": 8,
+        "teacher.passes": 4, "ema.alpha": 0.99,
+    },
+    # what section 3.4 says, to the letter
+    "paper": {
+        "train.steps": "200 epochs", "train.batch": 8, "mim.steps": "50 epochs", "mim.batch": 8,
+        "optim.schedule": "plateau", "ema.alpha": 0.99,
+    },
+    # 256 px, our best
+    "full": {},
+}  # fmt: skip
+
+STUDENT_ONLY = {"teacher.source": "ema", "mim.steps": 0}
+
+METHODS = {
+    "mira_u": {},
+    # Eq. (7) alone. No unlabelled image is read, so no masked image modelling either.
+    "supervised": STUDENT_ONLY | {"loss.beta": 0.0, "loss.gamma": 0.0},
+    # Tarvainen & Valpola 2017, with our augmentation and CutMix: one pass of the student's average, all pixels equal.
+    "mean_teacher": STUDENT_ONLY | {
+        "teacher.passes": 1, "teacher.dropout": False, "pseudo.weight": "none", "pseudo.filter": "none",
+        "loss.lambda_c": 0.0, "loss.gamma": 0.0,
+    },
+    # Sohn et al. 2020: the student's own hard labels where it is more than tau_p sure.
+    "fixmatch": STUDENT_ONLY | {
+        "teacher.weights": "online", "teacher.passes": 1, "teacher.dropout": False, "pseudo.label": "hard",
+        "pseudo.weight": "none", "pseudo.filter": "probability", "loss.lambda_c": 0.0, "loss.gamma": 0.0,
+    },
+}  # fmt: skip
+
+ABLATIONS = {
+    "no_uncertainty": {"pseudo.weight": "none", "pseudo.filter": "none"},
+    "no_mim": {"mim.steps": 0},
+    "cnn_only": {"student.stages": ("conv",) * 5, "student.skips": ("gate",) * 4},
+    "no_entropy": {"loss.gamma": 0.0},
+}
+
+
+def get_config(arg: str | None, *, keys=None, **fixed) -> ml_collections.ConfigDict:
+    """The configuration for `--config=FILE:arg`. `fixed`: dotted keys a file sets; `keys`: its keys beyond KEYS.
+
+    Raises UserError, one line that names the key and its allowed values.
+    """
+    given = parse_arg(arg, KEYS | (keys or {}))
+    c = tree()
+    preset = given.pop("preset", fixed.pop("preset", "full"))
+    method, ablate = given.pop("method", "mira_u"), given.pop("ablate", "")
+    source = given.pop("teacher", "")
+    for key, value, table in (("preset", preset, PRESETS), ("method", method, METHODS), ("ablate", ablate, ABLATIONS)):
+        if value not in table and not (key == "ablate" and value == ""):
+            raise UserError(f"config key {key}={value!r}: it must be one of {', '.join(table)}")
+    if method != "mira_u" and (ablate or source):
+        raise UserError(f"config key {'ablate' if ablate else 'teacher'}: it changes method=mira_u only, not {method}")
+    update(c, PRESETS[preset])
+    update(c, fixed)
+    update(c, METHODS[method])
+    update(c, ABLATIONS[ablate] if ablate else {})
+    update(c, {"preset": preset, "method": method, "ablate": ablate} | given)
+    if source:
+        check_value("teacher.source", source)
+        update(c, {"teacher.source": source})
+    return c

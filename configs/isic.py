@@ -1,0 +1,18 @@
+"""ISIC-2016 Part 1: 900 training images, 379 test images; `frac` of the training outlines are used.
+
+    python -m mira_u_jax.main --config=configs/isic.py:frac=0.25
+    python -m mira_u_jax.main --config=configs/isic.py:frac=0.1,preset=cpu,split=dev
+
+Keys: frac (0, 1], label_seed 0..7, seed, size (a multiple of 32), preset smoke | quick | cpu | cpu128 | paper | full,
+method mira_u | supervised | mean_teacher | fixmatch, ablate no_uncertainty | no_mim | cnn_only | no_entropy,
+teacher both | vit | ema, split test | dev, data_dir. Any other leaf: --config.loss.gamma=0.02.
+
+preset=cpu: 64 px, two CPU cores, see docs/results.md for minutes and Dice. preset=full and paper: 256 px, one
+accelerator, untried so far for want of one.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    return common.get_config(arg, name="isic", dataset="isic2016", test="isic2016")

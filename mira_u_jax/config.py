@@ -1,0 +1,185 @@
+"""Reading, checking and keeping a configuration. What a person changes lives in configs/, not here."""
+
+import hashlib
+import json
+import pathlib
+
+import ml_collections
+
+from mira_u_jax.errors import UserError
+
+# Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
+RULES = {
+    "frac": ("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1),
+    "label_seed": ("an integer 0..7", lambda v: is_int(v) and 0 <= v <= 7),
+    "seed": ("an integer 0..2147483647", lambda v: is_int(v) and 0 <= v < 2**31),
+    "size": ("a multiple of 32 from 32 to 1024", lambda v: is_int(v) and 32 <= v <= 1024 and v % 32 == 0),
+    "split": ("dev or test", lambda v: v in ("dev", "test")),
+    "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
+    "teacher.source": ("both, vit or ema", lambda v: v in ("both", "vit", "ema")),
+    "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
+    "teacher.passes": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "pseudo.kappa": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "pseudo.tau_u": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "pseudo.tau_p": ("a number in [0.5, 1)", lambda v: is_number(v) and 0.5 <= v < 1),
+    "pseudo.weight": ("confidence or none", lambda v: v in ("confidence", "none")),
+    "pseudo.filter": ("sigma, probability or none", lambda v: v in ("sigma", "probability", "none")),
+    "pseudo.label": ("mu, hard or paper", lambda v: v in ("mu", "hard", "paper")),
+    "loss.norm": ("weights or pixels", lambda v: v in ("weights", "pixels")),
+    "loss.beta": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "loss.gamma": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "loss.ramp": ("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1),
+    "ema.alpha": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "mim.target": ("vit, student or both", lambda v: v in ("vit", "student", "both")),
+    "mim.ratio": ("a number in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
+    "mim.batch": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "train.batch": ("an even integer >= 2", lambda v: is_int(v) and v >= 2 and v % 2 == 0),
+    "optim.schedule": ("cosine or plateau", lambda v: v in ("cosine", "plateau")),
+    "optim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
+    "student.skips": ("gate or cross, one a width but the last", lambda v: set(v) <= {"gate", "cross"}),
+}
+
+
+def is_int(v) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def is_number(v) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+
+def check_value(key: str, value):
+    """Raise UserError unless `value` is right for `key`, a name in RULES."""
+    wanted, test = RULES[key]
+    if not test(value):
+        raise UserError(f"config key {key}={value!r}: it must be {wanted}")
+
+
+def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, object]:
+    """`key=value,key=value` after the colon of --config=FILE:... as a dict of the keys given.
+
+    `spec` maps each allowed key to an example of its type (int, float, str). Unknown keys and values of another type raise
+    UserError.
+    """
+    given = {}
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if key not in spec:
+            raise UserError(f"config key {key!r} is unknown: the keys are {', '.join(spec)}")
+        kind = type(spec[key])
+        try:
+            if not equals:
+                raise ValueError
+            given[key] = kind(text.strip())
+        except ValueError:
+            noun = {int: "an integer", float: "a number"}.get(kind, "a value")
+            raise UserError(f"config key {item.strip()!r}: write {key}={noun.replace(' ', '_')}") from None
+        if key in RULES:
+            check_value(key, given[key])
+    return given
+
+
+def check(config) -> ml_collections.FrozenConfigDict:
+    """The whole configuration after every override, frozen; raises UserError for the first thing that cannot work."""
+    for key in RULES:
+        check_value(key, get(config, key))
+    semi, stride = config.loss.beta > 0, 2 ** (len(config.student.widths) - 1)
+    if config.size % stride or config.size % config.vit.patch:
+        raise UserError(
+            f"config key size={config.size}: it must be a multiple of the student's stride {stride}"
+            f" and of vit.patch={config.vit.patch}"
+        )
+    if not len(config.student.widths) == len(config.student.stages) == len(config.student.skips) + 1:
+        raise UserError("config key student: stages must be as many as widths, skips one less")
+    if semi and config.teacher.source == "both" and config.teacher.passes < 2:
+        raise UserError("config key teacher.passes: source=both shares the passes, so it must be 2 or more")
+    if semi and config.teacher.passes > 1 and not config.teacher.dropout:
+        raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
+    for key in ("train.steps", "mim.steps", "train.log_every", "train.save_every", "train.figures_every"):
+        steps_of(get(config, key), epoch=1, total=1, key=key)
+    return ml_collections.FrozenConfigDict(config)
+
+
+def get(config, dotted: str):
+    """config.a.b for "a.b"."""
+    for name in dotted.split("."):
+        config = config[name]
+    return config
+
+
+def update(config, changes: dict):
+    """Set dotted keys; a key that does not exist raises KeyError, so that a preset cannot invent one."""
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        node = get(config, ".".join(path)) if path else config
+        if last not in node:
+            raise KeyError(dotted)
+        with node.ignore_type():
+            node[last] = value
+
+
+def steps_of(value, *, epoch: int, total: int, key: str = "steps") -> int:
+    """A duration as steps: an integer is steps, "200 epochs" counts passes over the pool, "5%" is a share of `total`."""
+    text = str(value).strip()
+    try:
+        if text.endswith("%"):
+            steps = round(float(text[:-1]) / 100 * total)
+        elif text.endswith(("epochs", "epoch")):
+            steps = round(float(text.split("epoch")[0]) * epoch)
+        else:
+            steps = int(text)
+        if steps < 0:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"config key {key}={value!r}: write steps (1500), epochs (200 epochs) or a share (5%)") from None
+    return steps
+
+
+def fingerprint(config) -> str:
+    """Eight hex digits of what decides a run's result; where the data lie does not."""
+    tree = {k: v for k, v in json.loads(config.to_json()).items() if k != "data_dir"}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def load(workdir) -> ml_collections.FrozenConfigDict:
+    """The resolved configuration of a run; UserError when `workdir` holds none."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        return ml_collections.FrozenConfigDict(json.loads(path.read_text())["config"])
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is not a configuration that main wrote: train again in another --workdir") from None
+
+
+def save(config, workdir, facts: dict):
+    """Write DIR/config.json; refuse a workdir that holds a run of another configuration."""
+    path = pathlib.Path(workdir) / "config.json"
+    if path.exists():
+        old, new = flat(load(workdir)), flat(config)
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "data_dir")
+        if differ:
+            k = differ[0]
+            raise UserError(
+                f"{workdir} holds a run with {k}={old.get(k)!r}, this one has {k}={new.get(k)!r}"
+                f" ({len(differ)} keys differ): use another --workdir or remove that folder"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"config": json.loads(config.to_json()), **facts}, indent=1, sort_keys=True))
+    partial.rename(path)
+
+
+def flat(config) -> dict:
+    """{"a.b": leaf} of a configuration, in JSON's types."""
+
+    def walk(tree, prefix):
+        for k, v in tree.items():
+            yield from walk(v, f"{prefix}{k}.") if isinstance(v, dict) else [(prefix + k, v)]
+
+    return dict(walk(json.loads(config.to_json()), ""))

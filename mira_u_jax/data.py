@@ -1,0 +1,140 @@
+"""From a data set to what the steps take: uint8 arrays, the label split, and an order.
+
+Arrays are decoded once and stay on the device. The order is a pure function of (seed, stream, position), so a checkpoint
+holds no iterator; a streaming pipeline maps a loader over the same `order`.
+"""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import cv2
+import grain
+import numpy as np
+
+from mira_u_jax.errors import UserError
+from tfds_builders import build, common
+
+DATASETS = {"isic2016": "isic2016", "ph2": "ph2", "synthetic": "synthetic_lesions", "synthetic_lesions": "synthetic_lesions"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """n training images of one side s. Arrays: uint8; index arrays: int32, into the first axis.
+
+    mask holds the lesion's share of each pixel, 0..255. Only the rows in `labelled` may reach a loss.
+    """
+
+    image: np.ndarray  # n s s 3
+    mask: np.ndarray  # n s s
+    labelled: np.ndarray  # whose outlines are used
+    unlabelled: np.ndarray  # the pool: every training image, labelled ones included
+    summary: str  # one line on what was found
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One image to be evaluated: image (s, s, 3) uint8, mask (h, w) bool at its own resolution."""
+
+    id: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+def training_set(config) -> TrainingSet:
+    """The training images of config.dataset, split into labelled and unlabelled. docs/data.md; raises UserError.
+
+    frac counts against the official number of images; images missing from a copy are missing from both parts.
+    """
+    builder = prepared(config.dataset, config.size, config.data_dir)
+    if config.dataset == "ph2" and config.fold < 0:
+        raise UserError("config key fold: PH2 has no training part, choose fold=0..4 to train on the other four folds")
+    part = "test" if config.dataset == "ph2" else "train"
+    rows = [row for row in builder.as_data_source(split=part) if in_pool(row, config)]
+    official = builder.info.metadata["official"][part]
+    budget = int(official * config.frac + 0.5)
+    rank = np.array([row["label_rank"][config.label_seed] for row in rows])
+    labelled = np.flatnonzero(rank < budget).astype(np.int32)
+    summary = f"{len(labelled)} labelled of {len(rows)} present (official {budget} of {official})"
+    if not len(labelled):
+        raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
+    return TrainingSet(
+        image=np.stack([square(row["image"], config.size) for row in rows]),
+        mask=np.stack([square(row["mask"][..., 0], config.size) for row in rows]),
+        labelled=labelled, unlabelled=np.arange(len(rows), dtype=np.int32), summary=summary,
+    )  # fmt: skip
+
+
+def in_pool(row, config) -> bool:
+    """Whether a training image may be trained on: not held out for development, not of the fold that is tested."""
+    if config.dataset == "ph2":
+        return row["fold"] != config.fold
+    return config.split == "test" or not row["dev"]
+
+
+def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Iterator[Example]:
+    """The images of one evaluation, one at a time.
+
+    name: a data set or a folder with images/ and masks/. split="dev": the development part of the training images;
+    "test": the test part (PH2: all 200, or the run's own fold when it was trained in-domain). Raises UserError, DataError.
+    """
+    if name not in DATASETS:
+        yield from folder(pathlib.Path(name), config.size)
+        return
+    name = DATASETS[name]
+    if split == "dev" and name == "ph2":
+        raise UserError("split=dev: PH2 has no development part, use split=test")
+    builder = prepared(name, config.size, data_dir)
+    for row in builder.as_data_source(split="train" if split == "dev" else "test"):
+        if split == "dev" and not row["dev"]:
+            continue
+        if name == config.dataset == "ph2" and row["fold"] != config.fold:
+            continue
+        yield Example(row["id"].decode(), square(row["image"], config.size), row["mask"][..., 0] > 127)
+
+
+def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
+    """Examples of path/images and path/masks, paired by stem, the mask's with or without _Segmentation."""
+    for part in ("images", "masks"):
+        if not (path / part).is_dir():
+            raise UserError(
+                f"{path / part} is not a folder: --dataset is isic2016, ph2, synthetic or a folder with images/ and masks/"
+            )
+
+    def stems(part):
+        files = common.Source(path / part).files()
+        return common.by_id((pathlib.Path(f.name).stem.removesuffix("_Segmentation"), f) for f in files)
+
+    pairs = common.pair(stems("images"), stems("masks"), "every image needs one mask of the same name")
+    for stem, (image_file, mask_file) in pairs.items():
+        image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
+        if image.size != mask.size:
+            raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
+        yield Example(stem, square(np.asarray(image.convert("RGB")), size), common.binary_mask(mask) > 0)
+
+
+def prepared(dataset: str, size: int, data_dir: str):
+    """The TFDS builder whose images are the smallest that still hold size x size; built on first use."""
+    config = "128px" if size <= 128 else "256px" if size <= 256 else "original"
+    return build.prepare(dataset, config=config, data_dir=data_dir or None)
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """Squash (h, w[, c]) uint8 to size x size: area average when shrinking, bilinear when enlarging."""
+    shrink = image.shape[0] >= size and image.shape[1] >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+
+
+def order(seed: int, stream: str, indices: np.ndarray) -> grain.MapDataset:
+    """An endless order over `indices`: element p is the p-th example of the stream, each epoch shuffled anew.
+
+    A pure function of (seed, stream, p); `stream` names the purpose, so that labelled and unlabelled orders differ.
+    """
+    mixed = zlib.crc32(f"{seed}/{stream}".encode())
+    return grain.MapDataset.source(indices).seed(mixed).shuffle().repeat(None)
+
+
+def batch_at(order: grain.MapDataset, step: int, batch: int) -> np.ndarray:
+    """Indices of the batch of a step, (batch,) int32."""
+    return np.asarray([order[p] for p in range(step * batch, (step + 1) * batch)], np.int32)

@@ -1,0 +1,33 @@
+"""How a command ends: one line on stderr and a status that says whose turn it is."""
+
+import sys
+import traceback
+
+from tfds_builders.common import DataError
+
+
+class UserError(ValueError):
+    """What the caller got wrong. The message is one line that names the key, value, path or file, and the remedy."""
+
+
+def exit_status(run, *, debug: bool = False) -> int:
+    """Call run() and return 0; or print one line and return 2 for what the caller got wrong, 1 for what broke."""
+    try:
+        run()
+    except (UserError, DataError) as error:
+        return report(error, 2, debug)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001 - the door of the program
+        return report(error, 1, debug)
+    return 0
+
+
+def report(error: Exception, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = "error" if status == 2 else f"failed ({type(error).__name__})"
+    print(f"{kind}: {text}" + ("" if debug or status == 2 else "  [--debug shows where]"), file=sys.stderr)
+    return status

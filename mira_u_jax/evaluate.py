@@ -1,0 +1,126 @@
+"""Measure a run: the averaged student's masks against the truth, at the masks' own resolution.
+
+    python -m mira_u_jax.evaluate --workdir=DIR --dataset=isic2016|ph2|synthetic|FOLDER [--data_dir=DIR] [--json=FILE]
+
+FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+
+import cv2
+import jax
+import numpy as np
+from absl import flags
+
+from mira_u_jax import checkpoint, command, config, data, figures, metrics, steps
+from mira_u_jax.errors import UserError
+
+BATCH = 16
+
+
+def predict(params, network, examples, *, batch: int = BATCH):
+    """Yield (example, logits (s, s)) of every example; one compilation, the last batch is padded."""
+    step = jax.jit(functools.partial(steps.eval_step, network=network))
+    for group in itertools.batched(examples, batch) if hasattr(itertools, "batched") else batched(examples, batch):
+        image = np.stack([e.image for e in group])
+        padded = np.concatenate([image, np.zeros((batch - len(group), *image.shape[1:]), np.uint8)])
+        yield from zip(group, jax.device_get(step(params, padded))[: len(group)], strict=True)
+
+
+def batched(items, count):
+    """itertools.batched of Python 3.12."""
+    items = iter(items)
+    while group := tuple(itertools.islice(items, count)):
+        yield group
+
+
+def at_size(logits: np.ndarray, shape) -> np.ndarray:
+    """Logits (s, s) bilinearly resampled to `shape` (h, w), half-pixel centres."""
+    return cv2.resize(logits, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def evaluate(workdir, name: str, *, data_dir: str = "", split: str = "", network: str = "student") -> dict:
+    """The evaluation object of a run on a data set (DESIGN of the JSON: docs/results.md), and its figure in DIR/figures.
+
+    split: "" is the run's own; network: student, or vit to look at the teacher. Raises UserError, DataError.
+    """
+    settings = config.load(workdir)
+    split = split or (settings.split if data.DATASETS.get(name) == settings.dataset else "test")
+    if network not in steps.network_names(settings):
+        raise UserError(f"--network={network}: this run has {', '.join(steps.network_names(settings))}")
+    networks = steps.make_networks(steps.network_names(settings), "train", settings)
+    params = checkpoint.load_ema(workdir, steps.abstract_params(settings))[network]
+    examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir or settings.data_dir)
+    counts, seen = [], []
+    for example, logits in predict(params, networks[network], examples):
+        found = at_size(logits, example.mask.shape) > 0
+        counts.append(metrics.confusion(found, example.mask))
+        seen.append((example, logits))
+    if not counts:
+        raise UserError(f"--dataset={name}: no images to evaluate")
+    label = data.DATASETS.get(name, name)
+    cases(pathlib.Path(workdir) / "figures" / f"{pathlib.Path(label).name}_{split}_{network}.png", seen, counts)
+    return {"dataset": label, "split": split, "network": network} | metrics.summary(np.stack(counts))
+
+
+def cases(path, seen, counts, *, each: int = 2):
+    """Draw the best, middle and worst images by Dice: image, truth, probability, prediction."""
+    dice = metrics.scores(np.stack(counts))["dice"]
+    ranked = np.argsort(-dice, kind="stable")
+    middle = len(ranked) // 2
+    picked = list(dict.fromkeys([*ranked[:each], *ranked[middle : middle + each], *ranked[-each:]]))
+    side = seen[0][1].shape[0]
+    shown = {"image": [], "truth": [], "probability": [], "prediction": []}
+    for i in picked:
+        example, logits = seen[i]
+        shown["image"].append(example.image / 255)
+        shown["truth"].append(data.square(example.mask.astype(np.uint8) * 255, side) / 255)
+        shown["probability"].append(1 / (1 + np.exp(-logits)))
+        shown["prediction"].append(logits > 0)
+    rows = [f"{seen[i][0].id}\nDice {dice[i]:.3f}" for i in picked]
+    figures.panel(path, {title: np.stack(images) for title, images in shown.items()}, rows)
+
+
+def table(result: dict) -> str:
+    """The evaluation object as text."""
+    lines = [f"{result['dataset']} {result['split']}: {result['images']} images, {result['missed']} lesions missed"]
+    for name, (low, high) in result["ci95"].items():
+        lines.append(f"  {name:<13} {result[name]:.4f}   95% of image bootstraps {low:.4f} .. {high:.4f}")
+    return "\n".join(lines)
+
+
+def finish(workdir):
+    """What main ends with: DIR/evaluation.json and .txt on the configuration's own test set."""
+    settings = config.load(workdir)
+    name = settings.dataset if settings.split == "dev" else settings.test
+    result = evaluate(workdir, name, split=settings.split)
+    write(pathlib.Path(workdir) / "evaluation.json", result)
+    (pathlib.Path(workdir) / "evaluation.txt").write_text(table(result) + "\n")
+    print(table(result), flush=True)
+
+
+def write(path, result):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main():
+    f = flags.FLAGS
+    result = evaluate(f.workdir, f.dataset, data_dir=f.data_dir or "", split=f.split or "", network=f.network)
+    if f.json:
+        write(f.json, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of a run of main.")
+    flags.DEFINE_string("dataset", None, "isic2016, ph2, synthetic, or a folder with images/ and masks/.")
+    flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets; default as in the run.")
+    flags.DEFINE_enum("split", None, ["test", "dev"], "Default: the run's own split on its own data set, else test.")
+    flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
+    flags.DEFINE_string("json", None, "File for the figures.")
+    command.run(main, required=("workdir", "dataset"))

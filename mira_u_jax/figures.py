@@ -1,0 +1,65 @@
+"""Pictures of a run: panels of images side by side."""
+
+import pathlib
+
+import jax
+import matplotlib
+import numpy as np
+
+from mira_u_jax import steps
+from mira_u_jax.rng import named
+
+matplotlib.use("Agg")  # no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLOURS = {"sigma": ("magma", 0, 0.3), "w": ("viridis", 0, 1)}  # name -> colour map and its ends; others are grey, 0..1
+
+
+def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
+    """Write a PNG with one row an image and one column a map.
+
+    columns: title -> (b, h, w, 3) or (b, h, w), values in [0, 1]; rows: b labels.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(1.7 * len(columns), 1.75 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for j, (title, images) in enumerate(columns.items()):
+        colours, low, high = COLOURS.get(title, ("gray", 0, 1))
+        for i, image in enumerate(images):
+            drawn = axes[i, j].imshow(np.clip(image, 0, 1), cmap=colours, vmin=low, vmax=high)
+            axes[i, j].set(xticks=[], yticks=[], title=title if i == 0 else "")
+        if title in COLOURS:
+            figure.colorbar(drawn, ax=axes[:, j], location="bottom", shrink=0.8, aspect=12)
+    for i, label in enumerate(rows):
+        axes[i, 0].set_ylabel(label, fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def training_figure(run, networks, labelled, *, count: int = 6):
+    """A function (step, state) that draws DIR/figures/train_<step>.png.
+
+    Image, truth, pseudo-label, sigma, w and the averaged student's prediction of the same few images without outlines
+    (of labelled ones where all are labelled); supervised runs have no pseudo-label.
+    """
+    config, semi = run.config, run.config.loss.beta > 0
+    hidden = np.setdiff1d(run.dataset.unlabelled, labelled)
+    shown = (hidden if len(hidden) else labelled)[:: max(len(hidden if len(hidden) else labelled) // count, 1)][:count]
+
+    @jax.jit
+    def look(state, image, key):
+        maps = {"prediction": jax.nn.sigmoid(networks["student"](state.ema["student"], image))}
+        if semi:
+            mu, sigma, w, keep = steps.pseudo_labels(state, image, named(key, "figures"), networks=networks, config=config)
+            maps |= {"pseudo-label": mu, "sigma": sigma, "w": w * keep}
+        return maps
+
+    def draw(step, state):
+        image = run.dataset.image[shown].astype(np.float32) / 255
+        maps = {"image": image, "truth": run.dataset.mask[shown] / 255} | jax.device_get(look(state, image, run.key))
+        titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "w", "prediction") if t in maps]
+        panel(run.workdir / "figures" / f"train_{step:06d}.png", {t: maps[t] for t in titles}, [str(i) for i in shown])
+
+    return draw

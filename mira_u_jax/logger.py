@@ -1,0 +1,74 @@
+"""What a run says: one JSON object a line in metrics.jsonl, and a progress line with speed and time left."""
+
+import json
+import math
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+
+class Logger:
+    """Writer of DIR/metrics.jsonl, only on process 0. Metrics stay on the device until a line is due."""
+
+    def __init__(self, workdir, stage: str, *, step: int, steps: int, images_per_step: int):
+        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        self.stage, self.steps, self.images_per_step = stage, steps, images_per_step
+        self.pending, self.active = [], jax.process_index() == 0
+        if self.active:
+            self.forget_after(step)
+        self.since = (step, time.perf_counter())
+
+    def forget_after(self, step: int):
+        """Drop this stage's lines beyond `step`: a resumed run writes them again."""
+        if not self.path.exists():
+            return
+
+        def keep(line):
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line a kill cut short
+                return False
+            return row["split"] != self.stage or row["step"] <= step
+
+        lines = [line for line in self.path.read_text().splitlines() if keep(line)]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in lines))
+        partial.rename(self.path)
+
+    def add(self, metrics: dict):
+        """Keep one step's metrics (device scalars) for the next line; does not wait for them."""
+        self.pending.append(metrics)
+
+    def flush(self, step: int, **more):
+        """Write the mean since the last line and print progress. Raises FloatingPointError when the loss is not finite."""
+        if not self.pending:
+            return
+        rows = jax.device_get(self.pending)
+        self.pending = []
+        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        if not math.isfinite(mean["loss"]):
+            bad = step - len(rows) + 1 + next(i for i, row in enumerate(rows) if not np.isfinite(row["loss"]))
+            raise FloatingPointError(
+                f"{self.stage}: the loss is not finite at step {bad} (gradient norms: "
+                + ", ".join(f"{k[5:]} {mean[k]:.3g}" for k in mean if k.startswith("grad_"))
+                + "); lower optim.lr, or look at the images of that step"
+            )
+        done, then = self.since
+        seconds = time.perf_counter() - then
+        speed = (step - done) * self.images_per_step / max(seconds, 1e-9)
+        self.since = (step, time.perf_counter())
+        self.write(step, self.stage, mean | {"images_per_second": speed} | more)
+        left = (self.steps - step) * self.images_per_step / max(speed, 1e-9)
+        shown = ("loss", "loss_sup", "loss_unsup", "teacher_dice", "student_dice", "sigma_band", "keep")
+        text = "  ".join(f"{k} {mean[k]:.3f}" for k in shown if k in mean)
+        if self.active:
+            clock = f"{int(left) // 60}:{int(left) % 60:02d}"
+            print(f"{self.stage} {step}/{self.steps}  {text}  {speed:.1f} images/s  {clock} left", flush=True)
+
+    def write(self, step: int, split: str, values: dict):
+        """Append {"step", "split", name: value}."""
+        if self.active:
+            with self.path.open("a") as f:
+                f.write(json.dumps({"step": step, "split": split, **values}) + "\n")

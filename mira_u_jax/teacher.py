@@ -1,0 +1,114 @@
+"""The teacher: a light ViT with a segmentation head, and its masked autoencoder. Section 3.1.1."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+
+from mira_u_jax.layers import GroupNorm, TransformerBlock, sincos_positions
+
+
+class Encoder(nnx.Module):
+    """Patch embedding, fixed sine-cosine positions, `depth` transformer blocks, LayerNorm."""
+
+    def __init__(
+        self, *, patch: int, channels: int, depth: int, heads: int, hidden: int, dropout: float, rngs: nnx.Rngs
+    ):
+        self.embedding = nnx.Linear(patch * patch * 3, channels, rngs=rngs)
+        self.blocks = nnx.List(
+            [TransformerBlock(channels, heads, hidden, dropout=dropout, rngs=rngs) for _ in range(depth)]
+        )
+        self.norm = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+        self.patch, self.channels = patch, channels
+
+    def embed(self, image):  # b h w 3 in [0, 1] -> b n c
+        tokens = self.embedding(to_patches(2 * image - 1, self.patch))
+        h, w = image.shape[1] // self.patch, image.shape[2] // self.patch
+        return tokens + sincos_positions(h, w, self.channels)[None]
+
+    def __call__(self, tokens, *, rngs=None):  # b n c -> b n c
+        for block in self.blocks:
+            tokens = block(tokens, rngs=rngs)
+        return self.norm(tokens)
+
+
+class Teacher(nnx.Module):
+    """ViT segmenter: RGB image in [0, 1], (b, h, w, 3) -> logits (b, h, w).
+
+    The paper gives the encoder (8x8 patches, 4 layers, width 256, 4 heads, hidden 512, dropout .1) and no head. The head
+    here unfolds each token to the pixels of its patch (`head_channels` each) and smooths across patch borders with one 3x3
+    convolution, so that outlines are not bound to the patch grid.
+    """
+
+    def __init__(
+        self, *, patch: int, channels: int, depth: int, heads: int, hidden: int, head_channels: int, dropout: float,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.encoder = Encoder(
+            patch=patch, channels=channels, depth=depth, heads=heads, hidden=hidden, dropout=dropout, rngs=rngs
+        )
+        self.unfold = nnx.Linear(channels, patch * patch * head_channels, rngs=rngs)
+        self.conv = nnx.Conv(head_channels, head_channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = GroupNorm(head_channels)
+        self.out = nnx.Conv(head_channels, 1, (1, 1), rngs=rngs)
+        self.patch = patch
+
+    def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w
+        tokens = self.encoder(self.encoder.embed(image), rngs=rngs)
+        pixels = rearrange(
+            self.unfold(tokens), "b (i j) (p q c) -> b (i p) (j q) c",
+            i=image.shape[1] // self.patch, p=self.patch, q=self.patch,
+        )  # fmt: skip
+        return self.out(nnx.gelu(self.norm(self.conv(pixels))))[..., 0].astype(jnp.float32)
+
+
+class MaskedAutoencoder(nnx.Module):
+    """MAE on the teacher's encoder (section 3.1.1; He et al. 2022): the encoder sees visible patches only.
+
+    Call: image (b, h, w, 3), key -> (reconstruction (b, n, patch * patch * 3), mask (b, n), 1 where hidden).
+    """
+
+    patch: int
+
+    def __init__(self, teacher: Teacher, *, ratio: float, channels: int, depth: int, heads: int, rngs: nnx.Rngs):
+        self.encoder = teacher.encoder
+        self.embedding = nnx.Linear(teacher.encoder.channels, channels, rngs=rngs)
+        self.hidden_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (channels,)))
+        self.blocks = nnx.List(
+            [TransformerBlock(channels, heads, 2 * channels, dropout=0.0, rngs=rngs) for _ in range(depth)]
+        )
+        self.norm = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+        self.out = nnx.Linear(channels, teacher.patch**2 * 3, rngs=rngs)
+        self.patch, self.ratio, self.channels = teacher.patch, ratio, channels
+
+    def __call__(self, image, key, *, rngs=None):
+        tokens = self.encoder.embed(image)  # b n c
+        hidden = hidden_patches(key, *tokens.shape[:2], self.ratio)  # b n
+        order = jnp.argsort(hidden, axis=1, stable=True)  # visible first
+        visible = order[:, : tokens.shape[1] - hidden_count(tokens.shape[1], self.ratio)]
+        seen = self.embedding(self.encoder(jnp.take_along_axis(tokens, visible[..., None], 1), rngs=rngs))
+        filler = repeat(
+            self.hidden_token[...], "c -> b n c", b=image.shape[0], n=tokens.shape[1] - visible.shape[1]
+        )
+        place = jnp.argsort(order, axis=1)  # where each patch stands in (visible, hidden)
+        x = jnp.take_along_axis(jnp.concatenate([seen, filler], 1), place[..., None], 1)
+        x = x + sincos_positions(image.shape[1] // self.patch, image.shape[2] // self.patch, self.channels)[None]
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x)).astype(jnp.float32), hidden
+
+
+def to_patches(image, patch: int):  # b h w c -> b n (patch patch c)
+    """Cut an image into non-overlapping patches, row by row."""
+    return rearrange(image, "b (i p) (j q) c -> b (i j) (p q c)", p=patch, q=patch)
+
+
+def hidden_count(patches: int, ratio: float) -> int:
+    """How many of `patches` are hidden: round(ratio * patches), at least 1, at most all but one."""
+    return min(max(round(ratio * patches), 1), patches - 1)
+
+
+def hidden_patches(key, b: int, n: int, ratio: float):
+    """Random mask (b, n) float32 with exactly hidden_count(n, ratio) ones a row."""
+    rank = jnp.argsort(jnp.argsort(jax.random.uniform(key, (b, n)), axis=1), axis=1)
+    return (rank < hidden_count(n, ratio)).astype(jnp.float32)
