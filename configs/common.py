@@ -11,7 +11,7 @@ from mira_u_jax.errors import UserError
 KEYS = {
     "frac": 0.25, "label_seed": 0, "seed": 0, "size": 256, "preset": "", "method": "", "ablate": "", "teacher": "",
     "split": "", "data_dir": "",
-}  # fmt: skip
+}
 
 
 def tree() -> ml_collections.ConfigDict:
@@ -31,21 +31,21 @@ def tree() -> ml_collections.ConfigDict:
     c.student = dict(
         widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "swin", "swin", "swin"),
         skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1,
-    )  # fmt: skip
+    )
     c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
     c.mim = dict(
         steps=5_000, batch=32, target="both", ratio=0.75, lr=1e-3,
         decoder=dict(channels=128, depth=2, heads=4),
-    )  # fmt: skip
+    )
     c.train = dict(
         steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
         log_every=50, save_every="5%", figures_every="20%", keep=1,
-    )  # fmt: skip
+    )
     c.optim = dict(
         lr=1e-3, weight_decay=0.05, clip=1.0, warmup=0.05, schedule="cosine",
         # schedule=plateau: a share of the LABELLED images validates; patience counts validations
         plateau=dict(every="1 epoch", factor=0.5, patience=10, cooldown=0, min_scale=0.01, holdout=0.2),
-    )  # fmt: skip
+    )
     c.ema = dict(alpha=0.999)
     c.teacher = dict(source="both", weights="ema", passes=8, dropout=True)
     c.pseudo = dict(label="mu", weight="confidence", filter="sigma", kappa=0.1, tau_u=0.15, tau_p=0.95)
@@ -55,7 +55,7 @@ def tree() -> ml_collections.ConfigDict:
     c.augment = dict(
         geometry=dict(flip=True, rotate=180.0, scale=0.25, shift=0.1),
         labelled_colour=0.5, weak_colour=0.2, strong_ops=2, strong_magnitude=9.0, cutout=0.15, cutmix=0.5,
-    )  # fmt: skip
+    )
     return c
 
 
@@ -63,7 +63,7 @@ NARROW = {
     "student.widths": (16, 32, 64, 128, 128), "student.mlp_ratio": 2,
     "vit.channels": 128, "vit.hidden": 256, "vit.heads": 4, "vit.head_channels": 16,
     "mim.decoder.channels": 64, "mim.decoder.depth": 1, "mim.decoder.heads": 2,
-}  # fmt: skip
+}
 
 PRESETS = {
     # each stage a few steps: seconds, to see that everything runs
@@ -93,7 +93,7 @@ PRESETS = {
     },
     # 256 px, our best
     "full": {},
-}  # fmt: skip
+}
 
 STUDENT_ONLY = {"teacher.source": "ema", "mim.steps": 0}
 
@@ -111,7 +111,7 @@ METHODS = {
         "teacher.weights": "online", "teacher.passes": 1, "teacher.dropout": False, "pseudo.label": "hard",
         "pseudo.weight": "none", "pseudo.filter": "probability", "loss.lambda_c": 0.0, "loss.gamma": 0.0,
     },
-}  # fmt: skip
+}
 
 ABLATIONS = {
     "no_uncertainty": {"pseudo.weight": "none", "pseudo.filter": "none"},

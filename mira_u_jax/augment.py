@@ -126,7 +126,7 @@ def sharpness(image, m):
 
 COLOUR_OPS = (
     identity, brightness, contrast, saturation, gamma, temperature, hue, autocontrast, posterize, sharpness,
-)  # fmt: skip
+)
 
 
 def colour_jitter(key, image, strength):

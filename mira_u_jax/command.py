@@ -20,15 +20,15 @@ def run(body, *, required: tuple[str, ...] = ()):
     def checked():
         try:
             rest = flags.FLAGS(argv)
-        except UserError:
-            raise
-        except Exception as error:  # absl and ml_collections raise a dozen kinds for a wrong flag, key or value
-            raise UserError(f"{error} (see --help)") from error
+            missing = [name for name in required if getattr(flags.FLAGS, name) is None]
+            if "config" in required and not missing:
+                flags.FLAGS.config["name"]  # a file that could not be loaded raises only when it is read
+        except Exception as error:  # absl and ml_collections raise a dozen kinds for a wrong flag, file, key or value
+            raise plain(error) from error
         if len(rest) > 1:
             raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
-        for name in required:
-            if flags.FLAGS[name].value is None:
-                raise UserError(f"--{name} is required (see --help)")
+        if missing:
+            raise UserError(f"--{missing[0]} is required (see --help)")
         set_up()
         body()
 
@@ -36,6 +36,23 @@ def run(body, *, required: tuple[str, ...] = ()):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
         sys.exit(0)
     sys.exit(exit_status(checked, debug=debug))
+
+
+def plain(error: Exception) -> UserError:
+    """What flag parsing raised, as one line: our own message where a configuration file raised it, else the last cause."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    ours = [e for e in chain if isinstance(e, UserError)]
+    if ours:
+        return ours[-1]  # the first raised; config_flags raises the same kind again with the traceback as its text
+    file = next((a.partition("=")[2].partition(":")[0] for a in sys.argv if a.startswith("--config=")), "")
+    if isinstance(error, OSError):
+        return UserError(f"--config: {file!r} cannot be read; the files in configs/ are meant (run from the project's folder)")
+    text = str(error.args[0] if error.args else error).replace("\\n", ". ").replace("\\'", "'").replace("'", "")
+    if isinstance(error, (AttributeError, KeyError)):
+        return UserError(f"{file} has no config key {text} (see --help)")
+    return UserError(f"{text.splitlines()[-1].strip()} (see --help)")
 
 
 def set_up():

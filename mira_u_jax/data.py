@@ -63,7 +63,7 @@ def training_set(config) -> TrainingSet:
         image=np.stack([square(row["image"], config.size) for row in rows]),
         mask=np.stack([square(row["mask"][..., 0], config.size) for row in rows]),
         labelled=labelled, unlabelled=np.arange(len(rows), dtype=np.int32), summary=summary,
-    )  # fmt: skip
+    )
 
 
 def in_pool(row, config) -> bool:

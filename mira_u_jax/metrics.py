@@ -28,7 +28,7 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "dice": ratio(2 * tp, 2 * tp + fp + fn), "iou": ratio(tp, tp + fp + fn),
         "accuracy": ratio(tp + tn, tp + fp + fn + tn), "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
-    }  # fmt: skip
+    }
 
 
 def summary(counts: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict:
@@ -44,7 +44,7 @@ def summary(counts: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
         return {name: float(values.mean()) for name, values in each.items()} | {
             "dice_pooled": float(pooled["dice"]), "iou_pooled": float(pooled["iou"]),
             "failure_rate": float((each["iou"] < FAILURE_IOU).mean()),
-        }  # fmt: skip
+        }
 
     draw = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
     boot = [figures(counts[rows]) for rows in draw]

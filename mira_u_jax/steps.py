@@ -93,7 +93,7 @@ def init_state(params, tx, optim) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params), opt=tx.init(params),
         plateau=make_plateau(optim).init(params),
-    )  # fmt: skip
+    )
 
 
 def make_schedule(optim, steps: int, *, lr: float, schedule: str):
@@ -121,7 +121,7 @@ def make_optimizer(optim, names, schedule) -> optax.GradientTransformation:
     adamw = optax.chain(
         optax.clip_by_global_norm(optim.clip), optax.adamw(schedule, weight_decay=optim.weight_decay, mask=decays)
     )
-    return optax.partition({name: adamw for name in names}, {name: name for name in names})
+    return optax.partition(dict.fromkeys(names, adamw), {name: name for name in names})
 
 
 # --- the three steps -------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def label_report(mu, sigma, w, keep, p_w, truth):
     pool = functools.partial(
         jax.lax.reduce_window, init_value=-jnp.inf, computation=jax.lax.max, window_dimensions=(1, 5, 5),
         window_strides=(1, 1, 1), padding="SAME",
-    )  # fmt: skip
+    )
     band = equations.f32((pool(hard) > 0.5) & (pool(1 - hard) > 0.5))
     truth = equations.f32(truth > 0.5)
 
@@ -283,7 +283,7 @@ def label_report(mu, sigma, w, keep, p_w, truth):
         "sigma": sigma.mean(), "sigma_band": (sigma * band).sum() / jnp.maximum(band.sum(), 1), "w": w.mean(),
         "w_band": (w * band).sum() / jnp.maximum(band.sum(), 1), "keep": keep.mean(),
         "teacher_dice": dice(mu), "student_dice": dice(p_w),
-    }  # fmt: skip
+    }
 
 
 def to_float(x):

@@ -49,7 +49,7 @@ class Student(nnx.Module):
         self.encoder = Encoder(
             widths=widths, stages=stages, window=window, head_width=head_width, mlp_ratio=mlp_ratio, dropout=dropout,
             rngs=rngs,
-        )  # fmt: skip
+        )
         self.bottleneck = nnx.Dropout(dropout)
         self.up, self.skip, self.decoder = nnx.List(), nnx.List(), nnx.List()
         for i, (kind, c) in enumerate(zip(skips, widths, strict=False)):

@@ -43,7 +43,7 @@ class Teacher(nnx.Module):
     def __init__(
         self, *, patch: int, channels: int, depth: int, heads: int, hidden: int, head_channels: int, dropout: float,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         self.encoder = Encoder(
             patch=patch, channels=channels, depth=depth, heads=heads, hidden=hidden, dropout=dropout, rngs=rngs
         )
@@ -58,7 +58,7 @@ class Teacher(nnx.Module):
         pixels = rearrange(
             self.unfold(tokens), "b (i j) (p q c) -> b (i p) (j q) c",
             i=image.shape[1] // self.patch, p=self.patch, q=self.patch,
-        )  # fmt: skip
+        )
         return self.out(nnx.gelu(self.norm(self.conv(pixels))))[..., 0].astype(jnp.float32)
 
 

@@ -23,8 +23,8 @@ def run(config, workdir):
     for key in ("train.batch", "mim.batch"):
         if configuration.get(config, key) % mesh.size:
             raise UserError(f"config key {key}: it must be a multiple of the {mesh.size} devices")
-    configuration.save(config, workdir, facts())
     dataset = data.training_set(config)
+    configuration.save(config, workdir, facts())
     print(f"{config.dataset}: {dataset.summary}", flush=True)
     run = Run(config, pathlib.Path(workdir), mesh, dataset)
 
@@ -61,7 +61,7 @@ class Run:
             state=steps.init_state(steps.init_params(names, "pretrain", config, self.key), tx, config.optim),
             step_fn=functools.partial(steps.pretrain_step, networks=networks, tx=tx, config=config),
             index_at=lambda step: data.batch_at(order, step, cfg.batch),
-        )  # fmt: skip
+        )
 
     def train(self, names, params) -> steps.TrainState:
         """Stage 2, semi-supervised training. An epoch is one pass over the pool."""
@@ -86,7 +86,7 @@ class Run:
             step_fn=functools.partial(steps.train_step, networks=networks, tx=tx, config=config, steps=total),
             index_at=lambda step: {name: data.batch_at(order, step, cfg.batch) for name, order in orders.items()},
             after=validate, draw=figures.training_figure(self, networks, labelled),
-        )  # fmt: skip
+        )
 
     def plateau(self, network, epoch: int, total: int):
         """The plateau schedule's validation set, cut from the labelled budget, and the function that feeds it."""
@@ -107,7 +107,7 @@ class Run:
             found = np.concatenate(
                 [jax.device_get(predict(state.ema["student"], self.dataset.image[held_out[i : i + 1]])) > 0
                  for i in range(len(held_out))]
-            )  # fmt: skip
+            )
             dice = metrics.scores([metrics.confusion(p, t) for p, t in zip(found, truth, strict=True)])["dice"].mean()
             _, plateau = transform.update({}, state.plateau, value=1 - np.float32(dice))
             plateau = jax.device_put(plateau, sharding.replicated(self.mesh))
@@ -123,7 +123,7 @@ class Run:
         every = {
             what: max(configuration.steps_of(cfg[f"{what}_every"], epoch=epoch, total=total, key=f"train.{what}_every"), 1)
             for what in ("log", "save", "figures")
-        }  # fmt: skip
+        }
         state = jax.device_put(state, sharding.replicated(self.mesh))
         step_fn = jax.jit(step_fn, donate_argnums=0)
         with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager:

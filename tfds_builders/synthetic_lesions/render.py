@@ -29,13 +29,13 @@ PIGMENTS = {
     "black": ((9, 2, 1), 0.05), "blue": ((38, 0, -9), 0.09), "red": ((44, 36, 18), 0.09),
     "pink": ((64, 28, 10), 0.09), "white": ((80, 5, 8), 0.08), "yellow": ((70, 9, 38), 0.06),
 }  # fmt: skip
-CONTRAST, CONTRAST_LOW, P_LOW_CONTRAST = (20.0, 55.0), (13.0, 18.0), 0.20  # of the rim against the skin, Lab units
+CONTRAST, CONTRAST_LOW, P_LOW_CONTRAST = (20.0, 55.0), (14.0, 18.0), 0.20  # of the rim against the skin, Lab units
 UNEVENNESS = (0.05, 0.3)  # how much the amount of rim pigment varies over the lesion, relative
 INNER_PIGMENTS, INNER_CONTRAST = (0, 3), (8.0, 34.0)  # number of further colours inside; against the rim, Lab units
 P_STRUCTURE, STRUCTURE_DEPTH = 0.75, (3.0, 13.0)  # network, globules, cobblestone or streaks, Lab units
 P_HALO, HALO = 0.12, (0.15, 0.35)  # a pale or flushed ring outside the outline, how strong
 # Things that are not the lesion.
-MAX_DECOYS, P_DECOY = 2, 0.45  # lesion-like patches, and the probability of each
+MAX_DECOYS, P_DECOY = 2, 0.40  # lesion-like patches, and the probability of each
 DECOY_AREA, DECOY_GAP = (0.012, 0.07), 0.03  # fraction of the frame; least distance from the lesion's outline
 P_SHADOW, P_STICKER, P_PEN, P_HAIRS, P_RULER, P_BUBBLES = 0.20, 0.15, 0.18, 0.45, 0.20, 0.25
 P_FRECKLES, FRECKLES, FRECKLE_RARITY = 0.35, (14, 32), (1.9, 2.8)  # grain of a noise; its level, s.d.

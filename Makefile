@@ -1,0 +1,36 @@
+# The only tools a fresh machine needs are make and Python >= 3.11.
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: run test test-all lint requirements clean
+
+# Environment, embedded data, masked image modelling, semi-supervised training, evaluation, pictures.
+run: $(INSTALLED)
+	$(PY) -m mira_u_jax.main --config=configs/synthetic.py$(ARGS) --workdir=$(or $(WORKDIR),runs/quickstart)
+
+# The fast tests, and all of them.
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+test-all: $(INSTALLED)
+	$(PY) -m pytest -m "slow or not slow"
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; say make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# After a change of pyproject.toml (needs uv): one file with hashes and without hosts, for every Python from 3.11 on.
+requirements:
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --fork-strategy fewest \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.txt
+
+clean:
+	rm -rf .venv build *.egg-info
