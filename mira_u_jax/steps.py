@@ -70,9 +70,7 @@ def make_networks(names, stage: str, config) -> dict[str, Network]:
     return {name: Network(graphdef(name)) for name in names}
 
 
-# Runs once: compiling hundreds of small random draws well would take longer than drawing them.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_backend_optimization_level": 0})
-def init_params(names, stage: str, config, key) -> dict:
+def fresh_params(names, stage: str, config, key) -> dict:
     """Fresh parameters of a stage, {name: plain tree of float32 arrays}; `key` is the run's key."""
 
     def init(name):
@@ -82,9 +80,13 @@ def init_params(names, stage: str, config, key) -> dict:
     return {name: init(name) for name in names}
 
 
+# Runs once: compiling hundreds of small random draws well would take longer than drawing them.
+init_params = jax.jit(fresh_params, static_argnums=(0, 1, 2), compiler_options={"xla_backend_optimization_level": 0})
+
+
 def abstract_params(config) -> dict:
     """Shapes and types of the parameters of stage "train", nothing computed."""
-    make = functools.partial(init_params, network_names(config), "train", config)
+    make = functools.partial(fresh_params, network_names(config), "train", config)
     return jax.eval_shape(make, jax.random.key(0))
 
 
