@@ -37,7 +37,10 @@ def load_ema(workdir, like_ema) -> dict:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{path} holds no checkpoint yet: train in {workdir} first, with main")
-        args = ocp.args.PyTreeRestore({"ema": like_ema}, partial_restore=True)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like_ema)}
+        as_laid_out = ocp.checkpoint_utils.construct_restore_args(like)
+        args = ocp.args.PyTreeRestore(like, restore_args=as_laid_out, partial_restore=True)
         return manager.restore(step, args=args)["ema"]
 
 

@@ -48,7 +48,7 @@ def plain(error: Exception) -> UserError:
         return ours[-1]  # the first raised; config_flags raises the same kind again with the traceback as its text
     file = next((a.partition("=")[2].partition(":")[0] for a in sys.argv if a.startswith("--config=")), "")
     if isinstance(error, OSError):
-        return UserError(f"--config: {file!r} cannot be read; the files in configs/ are meant (run from the project's folder)")
+        return UserError(f"--config: {file!r} cannot be read; give one of configs/ (run from the project's folder)")
     text = str(error.args[0] if error.args else error).replace("\\n", ". ").replace("\\'", "'").replace("'", "")
     if isinstance(error, (AttributeError, KeyError)):
         return UserError(f"{file} has no config key {text} (see --help)")

@@ -17,6 +17,7 @@ from absl import flags
 
 from mira_u_jax import checkpoint, command, config, data, figures, metrics, steps
 from mira_u_jax.errors import UserError
+from mira_u_jax.logger import Logger
 
 BATCH = 16
 
@@ -93,12 +94,19 @@ def table(result: dict) -> str:
 
 
 def finish(workdir):
-    """What main ends with: DIR/evaluation.json and .txt on the configuration's own test set."""
-    settings = config.load(workdir)
+    """What main ends with, on the configuration's own test set: DIR/evaluation.json, evaluation.txt and result.json.
+
+    result.json is what is kept of a run in results/: configuration, evaluation, commit, hardware, seconds of training.
+    """
+    workdir, settings = pathlib.Path(workdir), config.load(workdir)
     name = settings.dataset if settings.split == "dev" else settings.test
     result = evaluate(workdir, name, split=settings.split)
-    write(pathlib.Path(workdir) / "evaluation.json", result)
-    (pathlib.Path(workdir) / "evaluation.txt").write_text(table(result) + "\n")
+    write(workdir / "evaluation.json", result)
+    (workdir / "evaluation.txt").write_text(table(result) + "\n")
+    run = json.loads((workdir / "config.json").read_text())
+    del run["config"]["data_dir"]  # where data lie is nobody else's business
+    seconds = round(Logger.seconds(workdir))
+    write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})
     print(table(result), flush=True)
 
 

@@ -41,7 +41,7 @@ class Logger:
         """Keep one step's metrics (device scalars) for the next line; does not wait for them."""
         self.pending.append(metrics)
 
-    def flush(self, step: int, **more):
+    def flush(self, step: int):
         """Write the mean since the last line and print progress. Raises FloatingPointError when the loss is not finite."""
         if not self.pending:
             return
@@ -59,13 +59,19 @@ class Logger:
         seconds = time.perf_counter() - then
         speed = (step - done) * self.images_per_step / max(seconds, 1e-9)
         self.since = (step, time.perf_counter())
-        self.write(step, self.stage, mean | {"images_per_second": speed} | more)
+        self.write(step, self.stage, mean | {"images_per_second": speed, "seconds": seconds})
         left = (self.steps - step) * self.images_per_step / max(speed, 1e-9)
         shown = ("loss", "loss_sup", "loss_unsup", "teacher_dice", "student_dice", "sigma_band", "keep")
         text = "  ".join(f"{k} {mean[k]:.3f}" for k in shown if k in mean)
         if self.active:
             clock = f"{int(left) // 60}:{int(left) % 60:02d}"
             print(f"{self.stage} {step}/{self.steps}  {text}  {speed:.1f} images/s  {clock} left", flush=True)
+
+    @staticmethod
+    def seconds(workdir) -> float:
+        """Time all lines of a run stand for, compilation included, work that a kill threw away not."""
+        lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+        return sum(json.loads(line).get("seconds", 0.0) for line in lines)
 
     def write(self, step: int, split: str, values: dict):
         """Append {"step", "split", name: value}."""

@@ -18,9 +18,8 @@ TEST = ["ISIC_0000003", "ISIC_0000012"]
 
 def main(*args, module="mira_u_jax.main", **environment):
     """(exit status, stdout, stderr) of a command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", module, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -98,7 +97,8 @@ def test_corrupt_jpeg(tmp_path):
 
 
 def test_mask_of_another_size(tmp_path):
-    refused(train(zips(tmp_path, ISIC_0000012=(None, encoded(np.zeros((60, 81)), "PNG")))), "ISIC_0000012_Segmentation.png", "81x60")
+    other = encoded(np.zeros((60, 81)), "PNG")
+    refused(train(zips(tmp_path, ISIC_0000012=(None, other))), "ISIC_0000012_Segmentation.png", "81x60")
 
 
 def test_workdir_of_another_run_is_kept(tmp_path):

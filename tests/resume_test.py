@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-
-import jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
