@@ -19,20 +19,18 @@ from mira_u_jax import checkpoint, command, config, data, figures, metrics, step
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
 
-BATCH = 16
 
-
-def predict(params, network, examples, *, batch: int = BATCH):
+def predict(params, network, examples, *, batch: int = 16):
     """Yield (example, logits (s, s)) of every example; one compilation, the last batch is padded."""
     step = jax.jit(functools.partial(steps.eval_step, network=network))
-    for group in itertools.batched(examples, batch) if hasattr(itertools, "batched") else batched(examples, batch):
+    for group in batched(examples, batch):
         image = np.stack([e.image for e in group])
         padded = np.concatenate([image, np.zeros((batch - len(group), *image.shape[1:]), np.uint8)])
         yield from zip(group, jax.device_get(step(params, padded))[: len(group)], strict=True)
 
 
 def batched(items, count):
-    """itertools.batched of Python 3.12."""
+    """Tuples of `count` items, the last may be shorter: itertools.batched of Python 3.12."""
     items = iter(items)
     while group := tuple(itertools.islice(items, count)):
         yield group
@@ -59,7 +57,8 @@ def evaluate(workdir, name: str, *, data_dir: str = "", split: str = "", network
     for example, logits in predict(params, networks[network], examples):
         found = at_size(logits, example.mask.shape) > 0
         counts.append(metrics.confusion(found, example.mask))
-        seen.append((example, logits))
+        truth = data.square(example.mask.astype(np.uint8) * 255, logits.shape[0])
+        seen.append((example.id, example.image, truth, logits))
     if not counts:
         raise UserError(f"--dataset={name}: no images to evaluate")
     label = data.DATASETS.get(name, name)
@@ -68,21 +67,17 @@ def evaluate(workdir, name: str, *, data_dir: str = "", split: str = "", network
 
 
 def cases(path, seen, counts, *, each: int = 2):
-    """Draw the best, middle and worst images by Dice: image, truth, probability, prediction."""
+    """Draw the best, middle and worst images by Dice; seen: (id, image, truth, logits) of each, all s x s."""
     dice = metrics.scores(np.stack(counts))["dice"]
     ranked = np.argsort(-dice, kind="stable")
     middle = len(ranked) // 2
     picked = list(dict.fromkeys([*ranked[:each], *ranked[middle : middle + each], *ranked[-each:]]))
-    side = seen[0][1].shape[0]
-    shown = {"image": [], "truth": [], "probability": [], "prediction": []}
-    for i in picked:
-        example, logits = seen[i]
-        shown["image"].append(example.image / 255)
-        shown["truth"].append(data.square(example.mask.astype(np.uint8) * 255, side) / 255)
-        shown["probability"].append(1 / (1 + np.exp(-logits)))
-        shown["prediction"].append(logits > 0)
-    rows = [f"{seen[i][0].id}\nDice {dice[i]:.3f}" for i in picked]
-    figures.panel(path, {title: np.stack(images) for title, images in shown.items()}, rows)
+    ids, images, truths, logits = zip(*(seen[i] for i in picked), strict=True)
+    columns = {
+        "image": np.stack(images) / 255, "truth": np.stack(truths) / 255,
+        "probability": 1 / (1 + np.exp(-np.stack(logits))), "prediction": np.stack(logits) > 0,
+    }
+    figures.panel(path, columns, [f"{name}\nDice {dice[i]:.3f}" for name, i in zip(ids, picked, strict=True)])
 
 
 def table(result: dict) -> str:
