@@ -86,7 +86,7 @@ PRESETS = {
         "size": 128, "mim.steps": 400, "mim.batch": 16, "train.steps": 3_000, "train.batch": 8,
         "teacher.passes": 4, "ema.alpha": 0.99,
     },
-    # what section 3.4 says, to the letter
+    # what section 3.4 says: 200 epochs, batch 8, AdamW 1e-3, plateau, M = 8; what it leaves open is as in `full`
     "paper": {
         "train.steps": "200 epochs", "train.batch": 8, "mim.steps": "50 epochs", "mim.batch": 8,
         "optim.schedule": "plateau", "ema.alpha": 0.99,

@@ -9,7 +9,10 @@ import ml_collections
 from mira_u_jax.errors import UserError
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
+NAMES = ("isic2016", "ph2", "synthetic_lesions")
 RULES = {
+    "dataset": (f"one of {', '.join(NAMES)}", lambda v: v in NAMES),
+    "test": (f"one of {', '.join(NAMES)}", lambda v: v in NAMES),
     "frac": ("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1),
     "label_seed": ("an integer 0..7", lambda v: is_int(v) and 0 <= v <= 7),
     "seed": ("an integer 0..2147483647", lambda v: is_int(v) and 0 <= v < 2**31),
@@ -99,7 +102,9 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError("config key teacher.passes: source=both shares the passes, so it must be 2 or more")
     if semi and config.teacher.passes > 1 and not config.teacher.dropout:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
-    for key in ("train.steps", "mim.steps", "train.log_every", "train.save_every", "train.figures_every"):
+    for key in ("train.steps", "mim.steps"):
+        steps_of(get(config, key), epoch=1, key=key)
+    for key in ("train.log_every", "train.save_every", "train.figures_every", "optim.plateau.every"):
         steps_of(get(config, key), epoch=1, total=1, key=key)
     return ml_collections.FrozenConfigDict(config)
 
@@ -122,11 +127,14 @@ def update(config, changes: dict):
             node[last] = value
 
 
-def steps_of(value, *, epoch: int, total: int, key: str = "steps") -> int:
-    """A duration as steps: an integer is steps, "200 epochs" counts passes over the pool, "5%" is a share of `total`."""
+def steps_of(value, *, epoch: int, total: int | None = None, key: str = "steps") -> int:
+    """A duration as steps: an integer is steps, "200 epochs" counts passes over the pool, "5%" is a share of `total`.
+
+    Without a `total` a share is refused. Raises UserError.
+    """
     text = str(value).strip()
     try:
-        if text.endswith("%"):
+        if text.endswith("%") and total is not None:
             steps = round(float(text[:-1]) / 100 * total)
         elif text.endswith(("epochs", "epoch")):
             steps = round(float(text.split("epoch")[0]) * epoch)
@@ -135,7 +143,8 @@ def steps_of(value, *, epoch: int, total: int, key: str = "steps") -> int:
         if steps < 0:
             raise ValueError
     except ValueError:
-        raise UserError(f"config key {key}={value!r}: write steps (1500), epochs (200 epochs) or a share (5%)") from None
+        share = "" if total is None else " or a share (5%)"
+        raise UserError(f"config key {key}={value!r}: write steps (1500), epochs (200 epochs){share}") from None
     return steps
 
 

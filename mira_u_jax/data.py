@@ -51,18 +51,24 @@ def training_set(config) -> TrainingSet:
     if config.dataset == "ph2" and config.fold < 0:
         raise UserError("config key fold: PH2 has no training part, choose fold=0..4 to train on the other four folds")
     part = "test" if config.dataset == "ph2" else "train"
-    rows = [row for row in builder.as_data_source(split=part) if in_pool(row, config)]
-    official = builder.info.metadata["official"][part]
+    source = builder.as_data_source(split=part)
+    # PH2 has no official list here: its ranks, and so its budget, are over the images present.
+    official = len(source) if config.dataset == "ph2" else builder.info.metadata["official"][part]
+    rank, image, mask = [], [], []
+    for row in source:  # one full-size image at a time
+        if in_pool(row, config):
+            rank.append(row["label_rank"][config.label_seed])
+            image.append(square(row["image"], config.size))
+            mask.append(square(row["mask"][..., 0], config.size))
     budget = int(official * config.frac + 0.5)
-    rank = np.array([row["label_rank"][config.label_seed] for row in rows])
-    labelled = np.flatnonzero(rank < budget).astype(np.int32)
-    summary = f"{len(labelled)} labelled of {len(rows)} present (official {budget} of {official})"
+    labelled = np.flatnonzero(np.array(rank) < budget).astype(np.int32)
+    held_out = "" if len(image) == len(source) else f", {len(source) - len(image)} more held out"
+    summary = f"{len(labelled)} labelled of {len(image)} present (official {budget} of {official}){held_out}"
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
     return TrainingSet(
-        image=np.stack([square(row["image"], config.size) for row in rows]),
-        mask=np.stack([square(row["mask"][..., 0], config.size) for row in rows]),
-        labelled=labelled, unlabelled=np.arange(len(rows), dtype=np.int32), summary=summary,
+        image=np.stack(image), mask=np.stack(mask), labelled=labelled,
+        unlabelled=np.arange(len(image), dtype=np.int32), summary=summary,
     )
 
 

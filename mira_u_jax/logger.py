@@ -30,7 +30,8 @@ class Logger:
                 row = json.loads(line)
             except ValueError:  # the line a kill cut short
                 return False
-            return row["split"] != self.stage or row["step"] <= step
+            mine = {"train": ("train", "validation")}.get(self.stage, (self.stage,))
+            return row["split"] not in mine or row["step"] <= step
 
         lines = [line for line in self.path.read_text().splitlines() if keep(line)]
         partial = self.path.with_suffix(".partial")
@@ -63,6 +64,9 @@ class Logger:
         left = (self.steps - step) * self.images_per_step / max(speed, 1e-9)
         shown = ("loss", "loss_sup", "loss_unsup", "teacher_dice", "student_dice", "sigma_band", "keep")
         text = "  ".join(f"{k} {mean[k]:.3f}" for k in shown if k in mean)
+        if self.active and not 0 < mean.get("keep", 0.5) < 1:
+            which = "every pixel" if mean["keep"] else "nothing"
+            print(f"warning: the filter kept {which} for {len(rows)} steps; look at pseudo.tau_u or tau_p", flush=True)
         if self.active:
             clock = f"{int(left) // 60}:{int(left) % 60:02d}"
             print(f"{self.stage} {step}/{self.steps}  {text}  {speed:.1f} images/s  {clock} left", flush=True)

@@ -173,7 +173,9 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
         # 2., 3. The teacher's M passes on the weak view: mu, sigma, w, keep.
         mu, sigma, w, keep = pseudo_labels(state, x_w, named(key, "passes"), networks=networks, config=config)
         p_w = jax.lax.stop_gradient(jax.nn.sigmoid(student(state.params["student"], x_w)))
-        metrics |= label_report(mu, sigma, w, keep, p_w, truth)
+        metrics |= label_report(mu, sigma, w, p_w, truth)
+        if config.pseudo.filter != "none":
+            metrics["keep"] = keep.mean()
         # 4. CutMix moves everything that belongs to a pixel.
         x_s, mu, w, keep, notcut, p_w = augment.cutmix(
             named(key, "cutmix"), config.augment.cutmix, x_s, mu, w, keep, notcut, p_w
@@ -262,7 +264,7 @@ def pseudo_labels(state: TrainState, image, key, *, networks, config):
     return mu, sigma, w, keep
 
 
-def label_report(mu, sigma, w, keep, p_w, truth):
+def label_report(mu, sigma, w, p_w, truth):
     """What a run watches about its pseudo-labels; nothing here reaches a loss.
 
     sigma is also averaged over the band around the teacher's outline (a pixel whose 5x5 neighbourhood holds both classes),
@@ -283,8 +285,7 @@ def label_report(mu, sigma, w, keep, p_w, truth):
 
     return {
         "sigma": sigma.mean(), "sigma_band": (sigma * band).sum() / jnp.maximum(band.sum(), 1), "w": w.mean(),
-        "w_band": (w * band).sum() / jnp.maximum(band.sum(), 1), "keep": keep.mean(),
-        "teacher_dice": dice(mu), "student_dice": dice(p_w),
+        "w_band": (w * band).sum() / jnp.maximum(band.sum(), 1), "teacher_dice": dice(mu), "student_dice": dice(p_w),
     }
 
 

@@ -20,9 +20,9 @@ from mira_u_jax.logger import Logger
 def run(config, workdir):
     """Every stage of a checked configuration, from wherever `workdir` stands to the end. Returns the final TrainState."""
     mesh = sharding.make_mesh()
-    for key in ("train.batch", "mim.batch"):
-        if configuration.get(config, key) % mesh.size:
-            raise UserError(f"config key {key}: it must be a multiple of the {mesh.size} devices")
+    for key, unit in (("train.batch", 2 * mesh.size), ("mim.batch", mesh.size)):  # CutMix partners share a device
+        if mesh.size > 1 and configuration.get(config, key) % unit:
+            raise UserError(f"config key {key}: it must be a multiple of {unit} on {mesh.size} devices")
     dataset = data.training_set(config)
     configuration.save(config, workdir, facts())
     print(f"{config.dataset}: {dataset.summary}", flush=True)
@@ -31,8 +31,10 @@ def run(config, workdir):
     names = steps.network_names(config)
     params = steps.init_params(names, "train", config, run.key)
     targets = tuple(n for n in names if config.mim.target in (n, "both"))
-    if config.mim.steps and targets:
-        pretrained = run.pretrain(targets)
+    epoch = -(-len(dataset.unlabelled) // config.mim.batch)
+    mim_steps = configuration.steps_of(config.mim.steps, epoch=epoch, key="mim.steps")
+    if mim_steps and targets:
+        pretrained = run.pretrain(targets, mim_steps, epoch)
         for name in targets:
             params[name]["encoder"] = pretrained.params[name]["encoder"]
     return run.train(names, params)
@@ -47,11 +49,9 @@ class Run:
         self.key = jax.device_put(jax.random.key(config.seed), everywhere)
         self.resident = jax.device_put({"image": dataset.image, "mask": dataset.mask}, everywhere)
 
-    def pretrain(self, names) -> steps.TrainState:
-        """Stage 1, masked image modelling on the pool."""
+    def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
+        """Stage 1, masked image modelling on the pool, `total` steps."""
         config, cfg = self.config, self.config.mim
-        epoch = -(-len(self.dataset.unlabelled) // cfg.batch)
-        total = configuration.steps_of(cfg.steps, epoch=epoch, total=0, key="mim.steps")
         schedule = steps.make_schedule(config.optim, total, lr=cfg.lr, schedule="cosine")
         tx = steps.make_optimizer(config.optim, names, schedule)
         networks = steps.make_networks(names, "pretrain", config)
@@ -67,7 +67,9 @@ class Run:
         """Stage 2, semi-supervised training. An epoch is one pass over the pool."""
         config, cfg = self.config, self.config.train
         epoch = -(-len(self.dataset.unlabelled) // cfg.batch)
-        total = configuration.steps_of(cfg.steps, epoch=epoch, total=0, key="train.steps")
+        total = configuration.steps_of(cfg.steps, epoch=epoch, key="train.steps")
+        if not total:
+            raise UserError("config key train.steps: the stage needs at least one step")
         schedule = steps.make_schedule(config.optim, total, lr=config.optim.lr, schedule=config.optim.schedule)
         tx = steps.make_optimizer(config.optim, names, schedule)
         networks = steps.make_networks(names, "train", config)
@@ -117,8 +119,6 @@ class Run:
 
     def stage(self, name, *, total, epoch, images, state, step_fn, index_at, after=None, draw=None) -> steps.TrainState:
         """Run one stage to `total` steps, from its newest checkpoint if there is one."""
-        if not total:
-            raise UserError(f"config key {name}: the stage has no steps")
         cfg = self.config.train
         every = {
             what: max(configuration.steps_of(cfg[f"{what}_every"], epoch=epoch, total=total, key=f"train.{what}_every"), 1)
@@ -157,7 +157,13 @@ class Run:
 def facts() -> dict:
     """What a result must say about where it comes from: commit, versions, hardware."""
     root = pathlib.Path(__file__).parent.parent
-    git = lambda *args: subprocess.run(["git", "-C", root, *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
+
+    def git(*args):
+        try:
+            return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            return ""
+
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}
     device = jax.devices()[0]
     kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind

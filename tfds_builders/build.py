@@ -19,6 +19,7 @@ from tfds_builders.common import CONFIGS, DataError
 
 DATASETS = ("isic2016", "ph2", "synthetic_lesions")
 CONFIG_NAMES = tuple(config.name for config in CONFIGS)
+GROUPS = {"all": CONFIG_NAMES, "sized": tuple(config.name for config in CONFIGS if config.size)}
 
 
 def prepare(
@@ -78,11 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--manual_dir", help="folder with the source files (default: <data_dir>/downloads/manual)")
     parser.add_argument("--data_dir", help="where TFDS keeps data sets (default: TFDS's own)")
-    parser.add_argument("--config", choices=(*CONFIG_NAMES, "all"), default="256px", help="default: %(default)s")
+    parser.add_argument(
+        "--config", choices=(*CONFIG_NAMES, *GROUPS), default="sized", help="default: sized, which is 256px and 128px"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     try:
-        for config in CONFIG_NAMES if args.config == "all" else (args.config,):
+        for config in GROUPS.get(args.config, (args.config,)):
             builder = prepare(
                 args.dataset,
                 config=config,
