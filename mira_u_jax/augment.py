@@ -84,7 +84,7 @@ def gamma(image, m):
 
 def temperature(image, m):
     """Warmer or cooler light: red up and blue down by up to 15%, or the reverse."""
-    return jnp.clip(image * (1 + m * jnp.asarray([0.15, 0.0, -0.15])), 0.0, 1.0)
+    return jnp.clip(image * (1 + m * jnp.asarray([[[0.15, 0.0, -0.15]]])), 0.0, 1.0)
 
 
 def hue(image, m):
@@ -99,9 +99,10 @@ def hue(image, m):
 
 
 def autocontrast(image, m):
-    """Stretch each channel to [0, 1]; |m| blends between none and all of it."""
-    low, high = image.min((0, 1)), image.max((0, 1))
-    stretched = (image - low) / jnp.maximum(high - low, 1e-3)
+    """Stretch each channel to [0, 1]; |m| blends between none and all of it. A constant channel stays, as in Pillow."""
+    low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
+    flat = high - low < 1 / 255
+    stretched = jnp.where(flat, image, (image - low) / jnp.where(flat, 1.0, high - low))
     return image + jnp.abs(m) * (stretched - image)
 
 

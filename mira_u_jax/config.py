@@ -142,7 +142,7 @@ def steps_of(value, *, epoch: int, total: int | None = None, key: str = "steps")
             steps = int(text)
         if steps < 0:
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         share = "" if total is None else " or a share (5%)"
         raise UserError(f"config key {key}={value!r}: write steps (1500), epochs (200 epochs){share}") from None
     return steps

@@ -65,7 +65,7 @@ class ConvTranspose(nnx.Module):
         y = jax.lax.conv_general_dilated(
             x, taps.astype(x.dtype), (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2) + self.bias[...]
+        return rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2) + self.bias[None, None, None]
 
 
 class ConvBlock(nnx.Module):

@@ -1,0 +1,293 @@
+"""Augmentation against NumPy, SciPy and Pillow, and what must move together."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+from ml_collections import FrozenConfigDict
+from PIL import Image, ImageEnhance, ImageOps
+
+from mira_u_jax import augment
+
+RNG = np.random.default_rng(0)
+STILL = dict(flip=False, rotate=0.0, scale=0.0, shift=0.0)
+MOVING = dict(flip=True, rotate=180.0, scale=0.25, shift=0.1)
+warp = jax.jit(augment.warp)
+
+
+def close(found, wanted, atol=1e-6):
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=0, atol=atol)
+
+
+def photo(h=32, w=32):
+    """A smooth uint8 colour image with noise: enough structure for every operation to show."""
+    noise = scipy.ndimage.gaussian_filter(RNG.normal(size=(h, w, 3)), (3, 3, 0), mode="wrap")
+    values = 130 + 55 * noise / noise.std() + 8 * RNG.normal(size=(h, w, 3))
+    return values.clip(20, 235).astype(np.uint8)
+
+
+PHOTO = photo()
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("h", "w", "atol"), [(32, 32, 0), (24, 40, 2e-4)])
+def test_the_identity_leaves_the_image(h, w, atol):
+    """Exact where the side is a power of two; elsewhere coordinates round to a 1e-5th of a pixel."""
+    image = RNG.uniform(size=(h, w, 3)).astype(np.float32)
+    close(warp(image, jnp.eye(2, 3)), image, atol)
+
+
+def test_flips_and_quarter_turns_equal_numpy():
+    """The affine sends output (y, x) to input (v, u), so each matrix is the inverse of what one sees."""
+    image = RNG.uniform(size=(32, 32, 3)).astype(np.float32)
+    for linear, wanted in (
+        ([[1, 0], [0, -1]], np.flip(image, 1)), ([[-1, 0], [0, 1]], np.flip(image, 0)),
+        ([[0, 1], [-1, 0]], np.rot90(image)), ([[0, -1], [1, 0]], np.rot90(image, -1)),
+        ([[0, 1], [1, 0]], image.swapaxes(0, 1)),
+    ):
+        close(warp(image, jnp.asarray(np.c_[linear, [0, 0]], jnp.float32)), wanted)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_warp_equals_scipy(seed):
+    """Random affines far out of the frame; SciPy's "reflect" is ours, (d c b a | a b c d | d c b a)."""
+    h, w = 32, 48
+    image = RNG.uniform(size=(h, w, 2)).astype(np.float32)
+    affine = np.random.default_rng(seed).normal(0, 1, (2, 3)).astype(np.float32)
+    y, x = np.meshgrid((np.arange(h) + 0.5) * 2 / h - 1, (np.arange(w) + 0.5) * 2 / w - 1, indexing="ij")
+    v, u = np.einsum("ij,jhw->ihw", affine.astype(float), [y, x, np.ones_like(x)])
+    where = [(v + 1) * h / 2 - 0.5, (u + 1) * w / 2 - 0.5]
+    wanted = [scipy.ndimage.map_coordinates(image[..., c], where, order=1, mode="reflect") for c in range(2)]
+    close(warp(image, affine), np.stack(wanted, -1), 2e-4)
+
+
+@pytest.mark.parametrize(("index", "wanted"), [(-1, 0), (-4, 3), (-5, 3), (3, 3), (4, 3), (7, 0), (8, 0), (9, 1)])
+def test_mirrored(index, wanted):
+    assert augment.mirrored(jnp.asarray(float(index)), 4) == wanted
+
+
+def test_random_affine_stays_in_its_ranges_and_fills_them():
+    draw = jax.jit(jax.vmap(functools.partial(augment.random_affine, flip=True, rotate=30.0, scale=0.25, shift=0.1)))
+    affine = np.asarray(draw(jax.random.split(jax.random.key(0), 500)), np.float64)
+    linear, shift = affine[..., :2], affine[..., 2]
+    singular = np.linalg.svd(linear, compute_uv=False)
+    np.testing.assert_allclose(singular[:, 0], singular[:, 1], rtol=1e-5)  # a similarity: no shear, no squash
+    assert 1 / 1.25 - 1e-6 < singular.min() < 0.82 and 1.22 < singular.max() < 1.25 + 1e-6
+    assert 0.19 < np.abs(shift).max() <= 0.2 and shift.min() < 0 < shift.max()  # .1 of the side, 2 across
+    mirrored = np.linalg.det(linear) < 0
+    assert 0.4 < mirrored.mean() < 0.6
+    turn = linear[~mirrored] / singular[~mirrored][:, :1, None]
+    angle = np.degrees(np.arctan2(turn[:, 1, 0], turn[:, 0, 0]))
+    assert angle.min() < -28 and angle.max() > 28 and np.abs(angle).max() <= 30 + 1e-3
+
+
+def test_random_affine_can_be_still():
+    assert (augment.random_affine(jax.random.key(1), **STILL) == jnp.eye(2, 3)).all()
+
+
+# --- colour -----------------------------------------------------------------------------------------------------------
+
+
+def apply(op, m, image=PHOTO):
+    return np.asarray(op(jnp.asarray(image, jnp.float32) / 255, jnp.asarray(m, jnp.float32)))
+
+
+@pytest.mark.parametrize("m", [-1.0, -0.4, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("op", "enhance", "strength", "tolerance"),
+    [
+        (augment.brightness, ImageEnhance.Brightness, 0.5, 1.5),  # Pillow truncates to whole values
+        (augment.contrast, ImageEnhance.Contrast, 0.5, 2.5),  # and rounds the mean grey
+        (augment.saturation, ImageEnhance.Color, 0.9, 2.5),  # and the grey of each pixel
+        (augment.sharpness, ImageEnhance.Sharpness, 0.9, 2.5),
+    ],
+)
+def test_colour_equals_pillow(op, enhance, strength, tolerance, m):
+    wanted = np.asarray(enhance(Image.fromarray(PHOTO)).enhance(1 + strength * m), float)
+    inside = np.s_[1:-1, 1:-1]  # Pillow's 3x3 filter leaves the border as it is
+    close(255 * apply(op, m)[inside], wanted[inside], tolerance)
+    assert np.abs(wanted - PHOTO).max() > 5  # the comparison is not of two identities
+
+
+def test_autocontrast_equals_pillow():
+    wanted = np.asarray(ImageOps.autocontrast(Image.fromarray(PHOTO)), float)
+    close(255 * apply(augment.autocontrast, 1.0), wanted, 1.5)
+    close(255 * apply(augment.autocontrast, -0.5), (wanted + PHOTO) / 2, 1.5)
+
+
+@pytest.mark.parametrize(("m", "bits"), [(0.0, 8), (0.25, 7), (-0.5, 6), (1.0, 4), (-1.0, 4)])
+def test_posterize_keeps_pillows_bits(m, bits):
+    """The same levels as Pillow, which leaves the lowest bits 0 where we stretch to white."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    level = np.asarray(ImageOps.posterize(Image.fromarray(ramp), bits)) >> (8 - bits)
+    close(apply(augment.posterize, m, ramp), level / (2**bits - 1))
+
+
+def test_gamma_is_a_power():
+    for m in (-1.0, 0.5, 1.0):
+        close(apply(augment.gamma, m), (PHOTO / 255) ** 2.0**m, 1e-5)
+
+
+def test_temperature_moves_red_against_blue():
+    found = apply(augment.temperature, 1.0, (PHOTO // 2).astype(np.uint8)) / (PHOTO // 2 / 255)
+    close(found.mean((0, 1)), [1.15, 1.0, 0.85], 1e-4)
+
+
+def test_hue_turns_about_grey():
+    muted = (100 + 0.2 * (PHOTO - 100.0)).astype(np.uint8)
+    turned = apply(augment.hue, 1.0, muted)
+    luma = np.array([0.299, 0.587, 0.114])
+    close(turned @ luma, muted / 255 @ luma, 1e-5)
+    assert np.abs(turned - muted / 255).max() > 0.02
+    close(apply(augment.hue, -1.0, 255 * turned), muted / 255, 1e-4)  # there and back
+    close(apply(augment.hue, 1.0, np.full((4, 4, 3), 90.0)), np.full((4, 4, 3), 90 / 255), 1e-5)
+
+
+@pytest.mark.parametrize("op", augment.COLOUR_OPS, ids=lambda op: op.__name__)
+def test_colour_stays_in_range_and_zero_is_the_identity(op):
+    black_to_white = np.stack([PHOTO, 255 * (PHOTO > 128), 0 * PHOTO])[..., :3]
+    for image in black_to_white:
+        for m in (-1, -0.5, 0, 0.5, 1):
+            found = apply(op, m, image)
+            assert found.min() >= -1e-6 and found.max() <= 1 + 1e-6, m
+        close(apply(op, 0, image), image / 255, 1e-5)
+
+
+# --- boxes, CutMix ----------------------------------------------------------------------------------------------------
+
+
+def assert_box(mask, low, high, slack=0.07):
+    """`mask` (h, w) bool is one filled rectangle that covers a share of the frame in [low, high], up to whole pixels."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    assert mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].all()
+    assert low - slack <= mask.mean() <= high + slack
+
+
+def test_random_boxes():
+    draw = jax.jit(jax.vmap(lambda k: augment.random_box(k, 64, 64, 0.1, 0.5)))
+    boxes = np.asarray(draw(jax.random.split(jax.random.key(0), 200)))
+    for box in boxes:
+        assert_box(box > 0, 0.1, 0.5, slack=0.02)
+    assert 0.25 < boxes.mean() < 0.35  # the area is uniform in [.1, .5]
+    assert (boxes.max(0)[4:-4, 4:-4] == 1).all()  # only the outermost pixels are hard to reach from within the frame
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def mixed(key, probability, *arrays):
+    return augment.cutmix(key, probability, *arrays)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """A colour batch and two maps whose values say which example and pixel they come from."""
+    image = RNG.uniform(size=(4, 32, 32, 3)).astype(np.float32)
+    return image, image[..., 0].copy(), image[..., 1] + 2
+
+
+def test_cutmix_swaps_one_box_between_partners_in_every_array(arrays):
+    found = [np.asarray(a) for a in mixed(jax.random.key(0), 1.0, *arrays)]
+    partner = [1, 0, 3, 2]
+    swapped = found[1] != arrays[1]
+    for i in range(4):
+        assert_box(swapped[i], 0.1, 0.5)
+        assert (swapped[i] == swapped[partner[i]]).all()
+    assert (swapped[0] != swapped[2]).any()  # pairs have boxes of their own
+    for before, after in zip(arrays, found, strict=True):
+        box = swapped if before.ndim == 3 else swapped[..., None]
+        np.testing.assert_array_equal(after, np.where(box, before[partner], before))
+
+
+def test_cutmix_probability_and_key(arrays):
+    for before, after in zip(arrays, mixed(jax.random.key(0), 0.0, *arrays), strict=True):
+        np.testing.assert_array_equal(before, after)
+    first, again, other = (mixed(jax.random.key(k), 1.0, *arrays)[1] for k in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
+    each = jax.vmap(lambda k: augment.cutmix(k, 0.25, arrays[1])[0])(jax.random.split(jax.random.key(2), 200))
+    used = (np.asarray(each) != arrays[1]).any((2, 3))
+    assert 0.18 < used.mean() < 0.33
+    np.testing.assert_array_equal(used[:, 0], used[:, 1])
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def settings(geometry, **colour):
+    default = dict(labelled_colour=0.5, weak_colour=0.2, strong_ops=2, strong_magnitude=9.0, cutout=0.15)
+    return FrozenConfigDict(default | colour | {"geometry": geometry})
+
+
+labelled_view = jax.jit(augment.labelled_view, static_argnums=3)
+weak_strong_views = jax.jit(augment.weak_strong_views, static_argnums=3)
+PLAIN = dict(labelled_colour=0.0, weak_colour=0.0, strong_ops=0, cutout=0.0)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Batch of 4 whose red channel IS the mask, a soft blob off the centre; green and blue are noise."""
+    y, x = np.mgrid[:32, :32]
+    mask = np.stack([1 / (1 + np.exp(np.hypot(y - cy, x - cx) - 6)) for cy, cx in ((9, 20), (15, 12), (22, 22), (8, 8))])
+    return np.concatenate([mask[..., None], RNG.uniform(size=(4, 32, 32, 2))], -1).astype(np.float32), np.float32(mask)
+
+
+def test_image_and_mask_move_together(blobs):
+    image, mask = labelled_view(jax.random.key(3), *blobs, settings(MOVING, **PLAIN))
+    close(image[..., 0], mask)
+    moved = np.abs(np.asarray(mask) - blobs[1]).max((1, 2))
+    assert moved.min() > 0.1  # each was moved
+    assert image.shape == (4, 32, 32, 3) and image.dtype == jnp.float32
+
+
+def test_weak_and_strong_view_share_their_geometry(blobs):
+    weak, strong, notcut, mask = weak_strong_views(jax.random.key(3), *blobs, settings(MOVING, **PLAIN))
+    close(weak, strong)
+    close(weak[..., 0], mask)
+    assert (notcut == 1).all()
+    assert np.abs(np.asarray(mask) - blobs[1]).max((1, 2)).min() > 0.1
+
+
+def test_notcut_is_zero_exactly_where_the_strong_view_is_grey(blobs):
+    cfg = settings(MOVING, **PLAIN | {"cutout": 0.3})
+    weak, strong, notcut, _ = map(np.asarray, weak_strong_views(jax.random.key(4), *blobs, cfg))
+    np.testing.assert_array_equal(notcut == 0, (strong == 0.5).all(-1))
+    assert set(np.unique(notcut)) == {0, 1}
+    for cut in notcut == 0:
+        assert_box(cut, 0.02, 0.3)
+    close(np.where(notcut[..., None] == 1, weak - strong, 0), np.zeros_like(weak))  # and nowhere else
+
+
+def test_colour_changes_the_image_and_never_the_mask(blobs):
+    """The strong view differs more than the weak one; the mask is that of the plain views."""
+    cfg = settings(STILL)
+    weak, strong, _, mask = map(np.asarray, weak_strong_views(jax.random.key(5), *blobs, cfg))
+    image, label = labelled_view(jax.random.key(5), *blobs, cfg)
+    np.testing.assert_array_equal(mask, blobs[1])
+    np.testing.assert_array_equal(label, blobs[1])
+    for view in (weak, strong, image):
+        assert view.min() >= -1e-6 and view.max() <= 1 + 1e-6
+        assert np.abs(view - blobs[0]).max() > 0.02
+    assert np.abs(strong - blobs[0]).mean() > np.abs(weak - blobs[0]).mean()
+
+
+def test_an_example_does_not_depend_on_the_batch_size(blobs):
+    """One of 4 is what it would be among 2: keys follow the global index, so devices may share a batch."""
+    cfg, key = settings(MOVING), jax.random.key(6)
+    half = [a[:2] for a in blobs]
+    for view in (labelled_view, weak_strong_views):
+        for whole, part in zip(view(key, *blobs, cfg), view(key, *half, cfg), strict=True):
+            close(whole[:2], part, 1e-5)
+    close(mixed(key, 0.5, *blobs)[0][:2], mixed(key, 0.5, *half)[0], 0)
+
+
+def test_examples_and_keys_differ(blobs):
+    same = [np.repeat(a[:1], 4, 0) for a in blobs]
+    cfg = settings(MOVING)
+    image, _ = labelled_view(jax.random.key(0), *same, cfg)
+    other, _ = labelled_view(jax.random.key(1), *same, cfg)
+    again, _ = labelled_view(jax.random.key(0), *same, cfg)
+    np.testing.assert_array_equal(image, again)
+    assert np.abs(image[0] - image[1]).max() > 0.05 and np.abs(image - other).max() > 0.05

@@ -1,0 +1,170 @@
+"""Presets, methods and ablations build; what is wrong is said in one line; a workdir keeps its configuration."""
+
+import copy
+
+import pytest
+
+from configs import common, isic, ph2, synthetic
+from mira_u_jax import config as configuration
+from mira_u_jax.errors import UserError
+
+
+@pytest.mark.parametrize("preset", common.PRESETS)
+@pytest.mark.parametrize("method", common.METHODS)
+def test_every_preset_and_method_passes_the_check(preset, method):
+    config = configuration.check(isic.get_config(f"preset={preset},method={method}"))
+    assert (config.preset, config.method) == (preset, method)
+
+
+@pytest.mark.parametrize("file", [isic, ph2, synthetic])
+def test_config_files_pass_the_check_bare(file):
+    configuration.check(file.get_config())
+
+
+def changed(arg):
+    """{dotted key: value} in which a configuration differs from the bare one."""
+    bare, other = configuration.flat(common.get_config("")), configuration.flat(common.get_config(arg))
+    assert bare.keys() == other.keys()
+    return {k: v for k, v in other.items() if v != bare[k]}
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "table"),
+    [("method", name, common.METHODS[name]) for name in common.METHODS if name != "mira_u"]
+    + [("ablate", name, table) for name, table in common.ABLATIONS.items()],
+)
+def test_methods_and_ablations_differ_in_their_own_keys_only(key, name, table):
+    """A baseline must not get another schedule, augmentation or batch than mira_u."""
+    difference = changed(f"{key}={name}")
+    assert difference.pop(key) == name
+    assert difference.keys() <= table.keys()
+    for dotted, value in difference.items():
+        assert value == (list(table[dotted]) if isinstance(table[dotted], tuple) else table[dotted])
+    assert difference  # an ablation that changes nothing is none
+    budget = {"train.steps", "train.batch", "optim.lr", "augment.labelled_colour", "augment.geometry.rotate", "ema.alpha"}
+    assert not budget & difference.keys()
+
+
+def test_teacher_key_sets_the_source_only():
+    assert changed("teacher=ema") == {"teacher.source": "ema"}
+
+
+def test_keys_after_the_colon_reach_the_tree():
+    config = common.get_config("frac=0.1,label_seed=3,seed=5,size=64,preset=cpu,split=dev,data_dir=x")
+    values = {k: config[k] for k in ("frac", "label_seed", "seed", "size", "preset", "split", "data_dir")}
+    assert values == {
+        "frac": 0.1, "label_seed": 3, "seed": 5, "size": 64, "preset": "cpu", "split": "dev", "data_dir": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arg", "named"),
+    [
+        ("fraction=0.1", "fraction"), ("frac=0", "frac"), ("frac=1.5", "frac"), ("frac=abc", "frac"), ("frac", "frac"),
+        ("frac=nan", "frac"), ("size=100", "size"), ("size=64.5", "size"), ("label_seed=8", "label_seed"),
+        ("label_seed=-1", "label_seed"), ("seed=-1", "seed"), ("preset=huge", "preset"), ("method=unet", "method"),
+        ("ablate=no_unet", "ablate"), ("method=supervised,teacher=vit", "teacher"), ("teacher=swin", "teacher"),
+        ("method=fixmatch,ablate=no_mim", "ablate"), ("split=train", "split"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_in_one_line(arg, named):
+    with pytest.raises(UserError) as error:
+        isic.get_config(arg)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        ("size", 40), ("train.batch", 3), ("teacher.passes", 0), ("teacher.passes", 1), ("pseudo.kappa", 0),
+        ("loss.norm", "mean"), ("loss.beta", -1.0), ("optim.schedule", "step"), ("ema.alpha", 1.0),
+        ("student.stages", ("conv",)), ("student.skips", ("gate",) * 5), ("train.steps", "soon"), ("mim.steps", -1),
+        ("student.dropout", 1.0), ("teacher.dropout", False), ("dataset", "isic2017"),
+        ("train.steps", "5%"),
+    ],
+)
+def test_check_names_the_wrong_leaf(dotted, value):
+    config = isic.get_config("preset=smoke")
+    configuration.update(config, {dotted: value})
+    with pytest.raises(UserError) as error:
+        configuration.check(config)
+    assert dotted.split(".")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_update_cannot_invent_a_key():
+    with pytest.raises(KeyError):
+        configuration.update(common.tree(), {"train.batches": 3})
+
+
+def test_ph2_folds():
+    assert (ph2.get_config().dataset, ph2.get_config().test) == ("isic2016", "ph2")
+    assert ph2.get_config("fold=0").dataset == "ph2"
+    with pytest.raises(UserError, match="split"):
+        ph2.get_config("fold=0,split=dev")
+
+
+# --- durations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "steps"), [(1500, 1500), ("1500", 1500), ("200 epochs", 11_400), ("1 epoch", 57), ("0.5 epochs", 28),
+                         ("5%", 40), ("100%", 800), (0, 0)],
+)
+def test_steps_of(value, steps):
+    assert configuration.steps_of(value, epoch=57, total=800) == steps
+
+
+@pytest.mark.parametrize("value", ["soon", "", -5, "-5%", "% 5", "epochs", 2.5, None, "nan%"])
+def test_a_duration_that_is_none_is_named(value):
+    with pytest.raises(UserError, match="train.steps"):
+        configuration.steps_of(value, epoch=57, total=800, key="train.steps")
+
+
+def test_a_share_of_nothing_is_refused():
+    """The length of a stage cannot be a share of itself."""
+    with pytest.raises(UserError, match="mim.steps") as error:
+        configuration.steps_of("5%", epoch=57, key="mim.steps")
+    assert "share" not in str(error.value)
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tiny_config, tmp_path):
+    config = tiny_config()
+    configuration.save(config, tmp_path / "run", {"commit": "abc"})
+    assert configuration.flat(configuration.load(tmp_path / "run")) == configuration.flat(config)
+    configuration.check(configuration.load(tmp_path / "run"))  # lists instead of tuples are as good
+    configuration.save(config, tmp_path / "run", {})  # a resume
+    configuration.save(tiny_config(data_dir="elsewhere"), tmp_path / "run", {})  # the data moved: the same run
+
+
+def test_a_workdir_refuses_another_configuration(tiny_config, tmp_path):
+    configuration.save(tiny_config(), tmp_path, {})
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError) as error:
+        configuration.save(tiny_config(**{"loss.gamma": 0.5}), tmp_path, {})
+    assert "loss.gamma" in str(error.value) and "workdir" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("text", [None, "not json", "{}"])
+def test_load_names_the_file_that_is_missing_or_broken(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json"):
+        configuration.load(tmp_path)
+
+
+def test_fingerprint_ignores_the_data_dir_only():
+    config = common.get_config("preset=smoke")
+    before = configuration.fingerprint(config)
+    assert before == configuration.fingerprint(common.get_config("preset=smoke"))
+    for dotted, value in configuration.flat(config).items():
+        other = copy.deepcopy(config)
+        new = (not value) if isinstance(value, bool) else value + {str: "x", list: [1]}.get(type(value), 1)
+        configuration.update(other, {dotted: new})
+        assert (configuration.fingerprint(other) == before) == (dotted == "data_dir"), dotted

@@ -1,0 +1,70 @@
+"""What every test starts from: strict shapes, quick compilation, a configuration and data of a few pixels."""
+
+import re
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # a (c,) silently meeting (h, w, c) hides mistakes
+jax.config.update("jax_disable_most_optimizations", True)  # measured: train_step compiles in 29 s instead of 77 s
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from configs import common  # noqa: E402
+from mira_u_jax import config as configuration  # noqa: E402
+from mira_u_jax import steps  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """tiny_config("method=...", **{"teacher.passes": 1}): the smoke configuration with overrides, checked."""
+
+    def make(arg="", /, **dotted):
+        config = common.get_config("preset=smoke" + (f",{arg}" if arg else ""))
+        configuration.update(config, dotted)
+        return configuration.check(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data():
+    """12 images of 32 px, each a dark ellipse on noisy skin, and their masks: {"image", "mask"}, uint8."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    centre, radius = rng.uniform(10, 22, (12, 2, 1, 1)), rng.uniform(5, 9, (12, 2, 1, 1))
+    inside = ((y - centre[:, 0]) / radius[:, 0]) ** 2 + ((x - centre[:, 1]) / radius[:, 1]) ** 2 < 1
+    colour = np.where(inside[..., None], [110, 70, 60], [220, 180, 160]) + rng.normal(0, 10, (12, 32, 32, 3))
+    return {"image": colour.clip(0, 255).astype(np.uint8), "mask": np.where(inside, 255, 0).astype(np.uint8)}
+
+
+@pytest.fixture(scope="session")
+def networks(tiny_config):
+    """(networks, params) of the smoke configuration, stage "train"; drawn once, never to be changed in place."""
+    config = tiny_config()
+    names = steps.network_names(config)
+    return steps.make_networks(names, "train", config), steps.init_params(names, "train", config, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def pretrain_params(tiny_config):
+    """Parameters of the smoke configuration's two masked autoencoders."""
+    return steps.init_params(("student", "vit"), "pretrain", tiny_config(), jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def reached_bias_rows():
+    """reached_bias_rows(path, size): which rows of a `relative_bias` table a map can use, None for any other leaf.
+
+    A window of 8 has 15 x 15 offsets; a map of 4 cells a side meets those of -3..3 only, the rest get no gradient. `path`
+    is the leaf's as a string; the smoke student's stage and skip i have stride 2 ** i.
+    """
+
+    def rows(path, size, window=8):
+        if "relative_bias" not in path:
+            return None
+        level = int(re.search(r"\[(\d)\]", path)[1])
+        reach = np.abs(np.arange(2 * window - 1) - (window - 1)) < min(window, size // 2**level)
+        return (reach[:, None] & reach[None]).reshape(-1)
+
+    return rows

@@ -1,0 +1,148 @@
+"""The order of examples, pairs from a folder, and the label split of a small data set."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mira_u_jax import data
+from mira_u_jax.errors import UserError
+from tfds_builders.common import DataError
+
+INDICES = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233], np.int32)
+
+
+def take(order, start, stop):
+    return [int(order[p]) for p in range(start, stop)]
+
+
+def test_each_epoch_is_a_permutation_and_shuffled_anew():
+    order = data.order(0, "labelled", INDICES)
+    epochs = [take(order, 10 * e, 10 * e + 10) for e in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == INDICES.tolist()
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_order_is_a_pure_function_of_seed_stream_and_position():
+    first = take(data.order(7, "labelled", INDICES), 0, 40)
+    again = data.order(7, "labelled", INDICES)
+    assert [int(again[p]) for p in reversed(range(40))] == first[::-1]  # a resume starts anywhere
+    assert take(data.order(8, "labelled", INDICES), 0, 40) != first
+    assert take(data.order(7, "unlabelled", INDICES), 0, 40) != first
+
+
+def test_batches_follow_the_order_across_epochs():
+    order = data.order(0, "labelled", INDICES)
+    batches = [data.batch_at(order, step, 4) for step in range(5)]
+    assert all(b.dtype == np.int32 and b.shape == (4,) for b in batches)
+    assert np.concatenate(batches).tolist() == take(order, 0, 20)
+
+
+def test_a_batch_larger_than_the_pool_repeats_it():
+    batch = data.batch_at(data.order(0, "labelled", INDICES[:3]), 0, 6)
+    assert sorted(batch.tolist()) == sorted(2 * INDICES[:3].tolist())
+
+
+def test_square_averages_when_it_shrinks():
+    image = np.zeros((4, 8), np.uint8)
+    image[:2, 4:] = 200
+    image[0, 0] = 80
+    assert data.square(image, 2).tolist() == [[10, 200], [0, 0]]
+    assert data.square(np.zeros((4, 8, 3), np.uint8), 16).shape == (16, 16, 3)
+
+
+# --- folder -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Two images of 20 x 30 (height x width) with masks, one of them named as ISIC names it."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:10, 3:9] = 255
+    for stem, mask_name in (("a", "a.png"), ("b", "b_Segmentation.png")):
+        Image.new("RGB", (30, 20), (200, 100, 50)).save(tmp_path / "images" / f"{stem}.jpg")
+        Image.fromarray(mask).save(tmp_path / "masks" / mask_name)
+    return tmp_path
+
+
+def test_folder_pairs_by_stem_with_and_without_segmentation(pairs):
+    examples = list(data.folder(pairs, 16))
+    assert [e.id for e in examples] == ["a", "b"]
+    for e in examples:
+        assert e.image.shape == (16, 16, 3) and e.image.dtype == np.uint8
+        assert np.abs(e.image.astype(int) - [200, 100, 50]).max() < 6  # JPEG, and red stays red
+        assert e.mask.shape == (20, 30) and e.mask.dtype == bool  # its own resolution
+        assert e.mask.sum() == 30 and e.mask[5:10, 3:9].all()
+
+
+def missing_masks(path):
+    (path / "masks").rename(path / "outlines")
+    return "masks"
+
+
+def missing_mask(path):
+    (path / "masks" / "a.png").unlink()
+    return "a.jpg"
+
+
+def missing_image(path):
+    (path / "images" / "b.jpg").unlink()
+    return "b_Segmentation.png"
+
+
+def two_masks(path):
+    Image.new("L", (30, 20)).save(path / "masks" / "a_Segmentation.png")
+    return "a.png"
+
+
+def other_size(path):
+    Image.new("L", (31, 20)).save(path / "masks" / "a.png")
+    return "31x20"
+
+
+def broken_image(path):
+    (path / "images" / "a.jpg").write_bytes(b"not an image")
+    return "a.jpg"
+
+
+@pytest.mark.parametrize("fault", [missing_masks, missing_mask, missing_image, two_masks, other_size, broken_image])
+def test_folder_names_what_is_wrong_in_one_line(pairs, fault):
+    named = fault(pairs)
+    with pytest.raises((UserError, DataError)) as error:
+        list(data.folder(pairs, 16))
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- a data set -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_split_of_the_synthetic_set(tiny_config, tmp_path):
+    """Label counts are those of the official number, fractions are nested, and dev images leave the pool."""
+    make = lambda **keys: tiny_config(dataset="synthetic_lesions", data_dir=str(tmp_path), **keys)  # noqa: E731
+    sets = {frac: data.training_set(make(frac=frac)) for frac in (0.1, 0.25, 1.0)}
+    assert [len(s.labelled) for s in sets.values()] == [40, 100, 400]
+    assert set(sets[0.1].labelled) < set(sets[0.25].labelled)
+    assert "40 labelled of 400 present (official 40 of 400)" in sets[0.1].summary
+    whole = sets[1.0]
+    assert whole.image.shape == (400, 32, 32, 3) and whole.mask.shape == (400, 32, 32)
+    assert whole.unlabelled.tolist() == list(range(400))
+    # A mask is lesion share x 255: it must lie where its image is, and not be a 0/1 mask.
+    assert whole.mask.max() == 255 and 0.02 < (whole.mask > 127).mean() < 0.6
+    other = data.training_set(make(frac=0.1, label_seed=1))
+    assert set(other.labelled) != set(sets[0.1].labelled)
+
+    config = make(frac=1.0, split="dev")
+    dev = list(data.evaluation_set("synthetic", config, split="dev", data_dir=str(tmp_path)))
+    pool = data.training_set(config)
+    assert len(pool.image) + len(dev) == 400 and 50 < len(dev) < 110
+    held = {e.image.tobytes() for e in dev}
+    assert not held & {image.tobytes() for image in pool.image}
+    test = list(data.evaluation_set("synthetic", config, split="test", data_dir=str(tmp_path)))
+    assert len(test) == 100
+    assert not {e.image.tobytes() for e in test} & {image.tobytes() for image in whole.image}
+    with pytest.raises(UserError, match="frac"):
+        data.training_set(make(frac=0.0001))
