@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 from configs import common  # noqa: E402
 from mira_u_jax import config as configuration  # noqa: E402
 from mira_u_jax import steps  # noqa: E402
+from tfds_builders import build  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,14 @@ def tiny_data():
     inside = ((y - centre[:, 0]) / radius[:, 0]) ** 2 + ((x - centre[:, 1]) / radius[:, 1]) ** 2 < 1
     colour = np.where(inside[..., None], [110, 70, 60], [220, 180, 160]) + rng.normal(0, 10, (12, 32, 32, 3))
     return {"image": colour.clip(0, 255).astype(np.uint8), "mask": np.where(inside, 255, 0).astype(np.uint8)}
+
+
+@pytest.fixture(scope="session")
+def synthetic_data_dir(tmp_path_factory):
+    """A data_dir that holds the embedded set at 128 px; about 20 s, for slow tests."""
+    folder = tmp_path_factory.mktemp("data")
+    build.prepare("synthetic_lesions", config="128px", data_dir=folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -120,9 +120,9 @@ def test_folder_names_what_is_wrong_in_one_line(pairs, fault):
 
 
 @pytest.mark.slow
-def test_split_of_the_synthetic_set(tiny_config, tmp_path):
+def test_split_of_the_synthetic_set(tiny_config, synthetic_data_dir):
     """Label counts are those of the official number, fractions are nested, and dev images leave the pool."""
-    make = lambda **keys: tiny_config(dataset="synthetic_lesions", data_dir=str(tmp_path), **keys)  # noqa: E731
+    make = lambda **keys: tiny_config(dataset="synthetic_lesions", data_dir=synthetic_data_dir, **keys)  # noqa: E731
     sets = {frac: data.training_set(make(frac=frac)) for frac in (0.1, 0.25, 1.0)}
     assert [len(s.labelled) for s in sets.values()] == [40, 100, 400]
     assert set(sets[0.1].labelled) < set(sets[0.25].labelled)
@@ -136,12 +136,12 @@ def test_split_of_the_synthetic_set(tiny_config, tmp_path):
     assert set(other.labelled) != set(sets[0.1].labelled)
 
     config = make(frac=1.0, split="dev")
-    dev = list(data.evaluation_set("synthetic", config, split="dev", data_dir=str(tmp_path)))
+    dev = list(data.evaluation_set("synthetic", config, split="dev", data_dir=synthetic_data_dir))
     pool = data.training_set(config)
     assert len(pool.image) + len(dev) == 400 and 50 < len(dev) < 110
     held = {e.image.tobytes() for e in dev}
     assert not held & {image.tobytes() for image in pool.image}
-    test = list(data.evaluation_set("synthetic", config, split="test", data_dir=str(tmp_path)))
+    test = list(data.evaluation_set("synthetic", config, split="test", data_dir=synthetic_data_dir))
     assert len(test) == 100
     assert not {e.image.tobytes() for e in test} & {image.tobytes() for image in whole.image}
     with pytest.raises(UserError, match="frac"):
