@@ -4,6 +4,7 @@ Needs TFDS, NumPy, Pillow and OpenCV, never TensorFlow: image features get encod
 NumPy arrays with TensorFlow.
 """
 
+import abc
 import contextlib
 import dataclasses
 import fcntl
@@ -288,13 +289,13 @@ class LesionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(),
         )
 
+    @abc.abstractmethod
     def local_sha256(self, explicit: bool) -> str | None:
         """Digest of the sources at hand without a download; None where there is nothing to compare with.
 
         Args:
           explicit: whether the caller named the manual_dir.
         """
-        raise NotImplementedError
 
     def record_sources(self, sha256: str, found: Mapping[str, int]) -> None:
         """Stores in the metadata what this build is made from, and says so where the copy is incomplete."""
