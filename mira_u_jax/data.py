@@ -9,7 +9,6 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
-import cv2
 import grain
 import numpy as np
 
@@ -58,8 +57,8 @@ def training_set(config) -> TrainingSet:
     for row in source:  # one full-size image at a time
         if in_pool(row, config):
             rank.append(row["label_rank"][config.label_seed])
-            image.append(square(row["image"], config.size))
-            mask.append(square(row["mask"][..., 0], config.size))
+            image.append(common.squash(row["image"], config.size))
+            mask.append(common.squash(row["mask"][..., 0], config.size))
     budget = int(official * config.frac + 0.5)
     labelled = np.flatnonzero(np.array(rank) < budget).astype(np.int32)
     held_out = "" if len(image) == len(source) else f", {len(source) - len(image)} more held out"
@@ -97,7 +96,7 @@ def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Iterator[
             continue
         if name == config.dataset == "ph2" and row["fold"] != config.fold:
             continue
-        yield Example(row["id"].decode(), square(row["image"], config.size), row["mask"][..., 0] > 127)
+        yield Example(row["id"].decode(), common.squash(row["image"], config.size), row["mask"][..., 0] > 127)
 
 
 def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
@@ -117,19 +116,13 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
         image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
         if image.size != mask.size:
             raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
-        yield Example(stem, square(np.asarray(image.convert("RGB")), size), common.binary_mask(mask) > 0)
+        yield Example(stem, common.squash(np.asarray(image.convert("RGB")), size), common.binary_mask(mask) > 0)
 
 
 def prepared(dataset: str, size: int, data_dir: str):
     """The TFDS builder whose images are the smallest that still hold size x size; built on first use."""
     config = "128px" if size <= 128 else "256px" if size <= 256 else "original"
     return build.prepare(dataset, config=config, data_dir=data_dir or None)
-
-
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """Squash (h, w[, c]) uint8 to size x size: area average when shrinking, bilinear when enlarging."""
-    shrink = image.shape[0] >= size and image.shape[1] >= size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
 
 
 def order(seed: int, stream: str, indices: np.ndarray) -> grain.MapDataset:

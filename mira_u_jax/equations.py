@@ -50,7 +50,7 @@ def confidence(sigma, kappa):
 
 
 def keep_certain(sigma, tau_u):
-    """Algorithm 2's filter, section 3.1.3: 1 where sigma < tau_u, else 0."""
+    """The filter of section 3.1.3: 1 where sigma < tau_u, else 0."""
     return f32(f32(sigma) < tau_u)
 
 

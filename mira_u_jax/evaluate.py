@@ -18,6 +18,7 @@ from absl import flags
 from mira_u_jax import checkpoint, command, config, data, figures, metrics, steps
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
+from tfds_builders import common
 
 
 def predict(params, network, examples, *, batch: int = 16):
@@ -57,7 +58,7 @@ def evaluate(workdir, name: str, *, data_dir: str = "", split: str = "", network
     for example, logits in predict(params, networks[network], examples):
         found = at_size(logits, example.mask.shape) > 0
         counts.append(metrics.confusion(found, example.mask))
-        truth = data.square(example.mask.astype(np.uint8) * 255, logits.shape[0])
+        truth = common.squash(example.mask.astype(np.uint8) * 255, logits.shape[0])
         seen.append((example.id, example.image, truth, logits))
     if not counts:
         raise UserError(f"--dataset={name}: no images to evaluate")

@@ -135,8 +135,8 @@ def pretrain_step(state: TrainState, data, index, key, *, networks, tx, config):
     data["image"]: (n, h, w, 3) uint8, resident; index: (b,) int32; key: the run's key. Returns (state, metrics).
     """
     key = jax.random.fold_in(named(key, "pretrain"), state.step)
-    image, mask = to_float(data["image"][index]), to_float(data["mask"][index])
-    image, _ = augment.labelled_view(named(key, "view"), image, jnp.zeros_like(mask), config.augment)
+    image = to_float(data["image"][index])
+    image, _ = augment.labelled_view(named(key, "view"), image, jnp.zeros(image.shape[:3]), config.augment)
 
     def loss_fn(params):
         losses = {}

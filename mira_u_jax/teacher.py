@@ -71,8 +71,6 @@ class MaskedAutoencoder(nnx.Module):
     Call: image (b, h, w, 3), key -> (reconstruction (b, n, patch * patch * 3), mask (b, n), 1 where hidden).
     """
 
-    patch: int
-
     def __init__(self, teacher: Teacher, *, ratio: float, channels: int, depth: int, heads: int, rngs: nnx.Rngs):
         self.encoder = teacher.encoder
         self.embedding = nnx.Linear(teacher.encoder.channels, channels, rngs=rngs)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from mira_u_jax import data
 from mira_u_jax.errors import UserError
+from tfds_builders import common
 from tfds_builders.common import DataError
 
 INDICES = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233], np.int32)
@@ -47,8 +48,8 @@ def test_square_averages_when_it_shrinks():
     image = np.zeros((4, 8), np.uint8)
     image[:2, 4:] = 200
     image[0, 0] = 80
-    assert data.square(image, 2).tolist() == [[10, 200], [0, 0]]
-    assert data.square(np.zeros((4, 8, 3), np.uint8), 16).shape == (16, 16, 3)
+    assert common.squash(image, 2).tolist() == [[10, 200], [0, 0]]
+    assert common.squash(np.zeros((4, 8, 3), np.uint8), 16).shape == (16, 16, 3)
 
 
 # --- folder -----------------------------------------------------------------------------------------------------------
