@@ -10,8 +10,9 @@ from mira_u_jax.errors import UserError
 
 KEYS = {
     "frac": 0.25, "label_seed": 0, "seed": 0, "size": 256, "preset": "", "method": "", "ablate": "", "teacher": "",
-    "split": "", "data_dir": "",
+    "pseudo_label": "", "batch": 8, "split": "", "data_dir": "",
 }
+SHORT = {"teacher": "teacher.source", "pseudo_label": "pseudo.label", "batch": "train.batch"}  # keys that are leaves
 
 
 def tree() -> ml_collections.ConfigDict:
@@ -30,11 +31,12 @@ def tree() -> ml_collections.ConfigDict:
     c.size = 256  # images are squashed to size x size
     c.student = dict(
         widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "swin", "swin", "swin"),
-        skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1,
+        skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1, heads=1,
     )
     c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
     c.mim = dict(
-        steps=5_000, batch=32, target="both", ratio=0.75, lr=1e-3,
+        steps=5_000, batch=32, target="both", ratio=0.75, lr=1e-3, grey=False,
+        joint_weight=0.0,  # of L_MIM inside the semi-supervised step
         decoder=dict(channels=128, depth=2, heads=4),
     )
     c.train = dict(
@@ -46,15 +48,18 @@ def tree() -> ml_collections.ConfigDict:
         # schedule=plateau: a share of the LABELLED images validates; patience counts validations
         plateau=dict(every="1 epoch", factor=0.5, patience=10, cooldown=0, min_scale=0.01, holdout=0.2),
     )
-    c.ema = dict(alpha=0.999)
+    c.ema = dict(alpha=0.999, every=1)  # `every`: steps, or "1 epoch"
     c.teacher = dict(source="both", weights="ema", passes=8, dropout=True)
     c.pseudo = dict(label="mu", weight="confidence", filter="sigma", kappa=0.1, tau_u=0.15, tau_p=0.95)
     c.loss = dict(
-        lambda_dice=0.5, lambda_bce=0.5, lambda_u=1.0, lambda_c=0.1, norm="weights", beta=1.0, ramp=0.4, gamma=0.01
+        lambda_dice=0.5, lambda_bce=0.5, lambda_u=1.0, lambda_c=0.1, distance="cross_entropy", norm="weights",
+        wait=0.0, ramp=0.4,  # shares of the steps: labels alone, then beta(t) rises to `beta`
+        beta=1.0, gamma=0.01, feature=0.0,  # `feature`: share of L_unsup from a view whose features are perturbed
     )
     c.augment = dict(
         geometry=dict(flip=True, rotate=180.0, scale=0.25, shift=0.1),
-        labelled_colour=0.5, weak_colour=0.2, strong_ops=2, strong_magnitude=9.0, cutout=0.15, cutmix=0.5,
+        labelled_colour=0.5, weak_colour=0.2, strong_views=1, strong_ops=2, strong_magnitude=9.0,
+        cutout=0.15, cutmix=0.5,
     )
     return c
 
@@ -95,29 +100,62 @@ PRESETS = {
     "full": {},
 }
 
+# What the consistency baselines have in common: one deterministic pass, every pixel equal, Eqs. (7) and (8) alone.
 STUDENT_ONLY = {"teacher.source": "ema", "mim.steps": 0}
+ONE_PASS = {
+    "teacher.passes": 1, "teacher.dropout": False, "pseudo.weight": "none", "pseudo.filter": "none",
+    "loss.lambda_c": 0.0, "loss.gamma": 0.0,
+}
 
 METHODS = {
     "mira_u": {},
     # Eq. (7) alone. No unlabelled image is read, so no masked image modelling either.
     "supervised": STUDENT_ONLY | {"loss.beta": 0.0, "loss.gamma": 0.0},
-    # Tarvainen & Valpola 2017, with our augmentation and CutMix: one pass of the student's average, all pixels equal.
-    "mean_teacher": STUDENT_ONLY | {
-        "teacher.passes": 1, "teacher.dropout": False, "pseudo.weight": "none", "pseudo.filter": "none",
+    # Tarvainen & Valpola 2017, with our augmentation and CutMix: one pass of the student's average.
+    "mean_teacher": STUDENT_ONLY | ONE_PASS,
+    # Yu et al. 2019: the mean of M passes of the average where its entropy is low, squared distance, weight .1.
+    "ua_mt": STUDENT_ONLY | {
+        "pseudo.weight": "none", "pseudo.filter": "entropy", "loss.distance": "squared", "loss.beta": 0.1,
         "loss.lambda_c": 0.0, "loss.gamma": 0.0,
     },
     # Sohn et al. 2020: the student's own hard labels where it is more than tau_p sure.
-    "fixmatch": STUDENT_ONLY | {
-        "teacher.weights": "online", "teacher.passes": 1, "teacher.dropout": False, "pseudo.label": "hard",
-        "pseudo.weight": "none", "pseudo.filter": "probability", "loss.lambda_c": 0.0, "loss.gamma": 0.0,
+    "fixmatch": STUDENT_ONLY | ONE_PASS | {
+        "teacher.weights": "online", "pseudo.label": "hard", "pseudo.filter": "probability",
+    },
+    # Yang et al. 2023: FixMatch with two strong views and a weak one whose features are perturbed.
+    "unimatch": STUDENT_ONLY | ONE_PASS | {
+        "teacher.weights": "online", "pseudo.label": "hard", "pseudo.filter": "probability",
+        "augment.strong_views": 2, "loss.feature": 0.5,
+    },
+    # Luo et al. 2022: the student learns from the ViT's hard labels and the ViT from the student's.
+    "cross_teaching": ONE_PASS | {
+        "teacher.source": "cross", "teacher.weights": "online", "pseudo.label": "hard", "mim.steps": 0,
+    },
+    # Zou et al. 2025: labels alone first; then the average's two heads teach where they differ by less than .2, which
+    # is sigma < .2 / sqrt 2 for the deviation of two values.
+    "udamt": STUDENT_ONLY | ONE_PASS | {
+        "student.heads": 2, "pseudo.filter": "sigma", "pseudo.tau_u": 0.2 / 2**0.5, "loss.wait": 0.2,
     },
 }
 
 ABLATIONS = {
+    # Table 5
     "no_uncertainty": {"pseudo.weight": "none", "pseudo.filter": "none"},
     "no_mim": {"mim.steps": 0},
     "cnn_only": {"student.stages": ("conv",) * 5, "student.skips": ("gate",) * 4},
     "no_entropy": {"loss.gamma": 0.0},
+    # other readings of the text
+    "hard_label": {"pseudo.label": "hard"},
+    "paper_label": {"pseudo.label": "paper"},  # w mu, Algorithm 2 line 8
+    "grey_mim": {"mim.grey": True},  # the "discarding of chromatic components" that section 3.1.1 decides against
+    # Algorithm 1 to the letter: L_MIM + L_cons + L_ent in one loop, no labels, phi once an epoch. It cannot learn what a
+    # lesion is; it is here to be looked at.
+    "alg1": {
+        "mim.steps": 0, "mim.joint_weight": 1.0, "loss.lambda_dice": 0.0, "loss.lambda_bce": 0.0, "loss.lambda_c": 0.0,
+        "loss.ramp": 0.0, "loss.gamma": 1.0, "pseudo.weight": "none", "pseudo.filter": "none", "ema.every": "1 epoch",
+    },
+    # Table 1: the passes are all that it says of its teachers
+    "T1": {"teacher.passes": 8}, "T2": {"teacher.passes": 12}, "T3": {"teacher.passes": 16}, "T4": {"teacher.passes": 20},
 }
 
 
@@ -130,18 +168,16 @@ def get_config(arg: str | None, *, keys=None, **fixed) -> ml_collections.ConfigD
     c = tree()
     preset = given.pop("preset", fixed.pop("preset", "full"))
     method, ablate = given.pop("method", "mira_u"), given.pop("ablate", "")
-    source = given.pop("teacher", "")
+    leaves = {leaf: given.pop(key) for key, leaf in SHORT.items() if key in given}
     for key, value, table in (("preset", preset, PRESETS), ("method", method, METHODS), ("ablate", ablate, ABLATIONS)):
         if value not in table and not (key == "ablate" and value == ""):
             raise UserError(f"config key {key}={value!r}: it must be one of {', '.join(table)}")
-    if method != "mira_u" and (ablate or source):
-        raise UserError(f"config key {'ablate' if ablate else 'teacher'}: it changes method=mira_u only, not {method}")
-    update(c, PRESETS[preset])
-    update(c, fixed)
-    update(c, METHODS[method])
-    update(c, ABLATIONS[ablate] if ablate else {})
-    update(c, {"preset": preset, "method": method, "ablate": ablate} | given)
-    if source:
-        check_value("teacher.source", source)
-        update(c, {"teacher.source": source})
+    for key, used in (("ablate", ablate), *((key, SHORT[key] in leaves) for key in ("teacher", "pseudo_label"))):
+        if used and method != "mira_u":
+            raise UserError(f"config key {key}: it changes method=mira_u only, not {method}")
+    for leaf, value in leaves.items():
+        check_value(leaf, value)
+    for changes in (PRESETS[preset], fixed, METHODS[method], ABLATIONS[ablate] if ablate else {}, given, leaves):
+        update(c, changes)
+    update(c, {"preset": preset, "method": method, "ablate": ablate})
     return c

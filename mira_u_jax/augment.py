@@ -160,13 +160,13 @@ def random_box(key, h: int, w: int, low: float, high: float):
     return ((y > top) & (y < top + height) & (x > left) & (x < left + width)).astype(jnp.float32)
 
 
-def cutmix(key, probability: float, *arrays):
+def cutmix(key, probability: float, *trees):
     """CutMix (Yun et al. 2019) within pairs: the partner of 2i is 2i + 1, so that it stays on its device.
 
-    arrays: each (b, h, w) or (b, h, w, c), b even. Every array gets the SAME boxes; both partners get the same box.
-    A pair is mixed with `probability`; the box covers 10 to 50% of the frame. Returns the mixed arrays.
+    trees: of arrays (b, h, w) or (b, h, w, c), b even. Every array gets the SAME boxes; both partners get the same box.
+    A pair is mixed with `probability`; the box covers 10 to 50% of the frame. Returns the mixed trees, a tuple.
     """
-    b, h, w = arrays[0].shape[:3]
+    b, h, w = jax.tree.leaves(trees)[0].shape[:3]
     keys = per_example(key, b // 2)
     box = jax.vmap(lambda k: random_box(named(k, "box"), h, w, 0.1, 0.5))(keys)
     use = jax.vmap(lambda k: jax.random.bernoulli(named(k, "use"), probability))(keys)
@@ -176,7 +176,7 @@ def cutmix(key, probability: float, *arrays):
         partner = rearrange(jnp.flip(rearrange(x, "(p two) ... -> p two ...", two=2), 1), "p two ... -> (p two) ...")
         return jnp.where(box if x.ndim == 3 else box[..., None], partner, x)
 
-    return tuple(mix(x) for x in arrays)
+    return jax.tree.map(mix, trees)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -199,17 +199,20 @@ def labelled_view(key, image, mask, cfg):
 
 
 def weak_strong_views(key, image, mask, cfg):
-    """Two views of each unlabelled image that share ONE geometric transform: pixel i is the same skin in both.
+    """Views of each unlabelled image that share ONE geometric transform: pixel i is the same skin in all of them.
 
-    image (b, h, w, 3); mask (b, h, w) is carried along for reporting only. Returns weak, strong (b, h, w, 3), notcut
-    (b, h, w), 0 where CutOut erased the strong view, and the moved mask.
+    image (b, h, w, 3); mask (b, h, w) is carried along for reporting only. Returns the weak view (b, h, w, 3), a list of
+    cfg.strong_views pairs (strong view (b, h, w, 3), notcut (b, h, w)), notcut 0 where CutOut erased it, and the moved mask.
     """
+
+    def strong_view(k, image):
+        strong = rand_augment(named(k, "colour"), image, ops=cfg.strong_ops, magnitude=cfg.strong_magnitude)
+        cut = random_box(named(k, "box"), *image.shape[:2], 0.02, max(cfg.cutout, 0.02)) * (cfg.cutout > 0)
+        return jnp.where(cut[..., None] > 0, 0.5, strong), 1 - cut
 
     def one(k, image, mask):
         image, mask = geometric(named(k, "geometry"), image, mask, cfg.geometry)
         weak = colour_jitter(named(k, "weak"), image, cfg.weak_colour)
-        strong = rand_augment(named(k, "strong"), image, ops=cfg.strong_ops, magnitude=cfg.strong_magnitude)
-        cut = random_box(named(k, "box"), *mask.shape, 0.02, max(cfg.cutout, 0.02)) * (cfg.cutout > 0)
-        return weak, jnp.where(cut[..., None] > 0, 0.5, strong), 1 - cut, mask
+        return weak, [strong_view(named(k, f"strong/{i}"), image) for i in range(cfg.strong_views)], mask
 
     return jax.vmap(one)(per_example(key, image.shape[0]), image, mask)

@@ -19,26 +19,33 @@ RULES = {
     "size": ("a multiple of 32 from 32 to 1024", lambda v: is_int(v) and 32 <= v <= 1024 and v % 32 == 0),
     "split": ("dev or test", lambda v: v in ("dev", "test")),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
-    "teacher.source": ("both, vit or ema", lambda v: v in ("both", "vit", "ema")),
+    "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
     "teacher.passes": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
     "pseudo.kappa": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_u": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_p": ("a number in [0.5, 1)", lambda v: is_number(v) and 0.5 <= v < 1),
     "pseudo.weight": ("confidence or none", lambda v: v in ("confidence", "none")),
-    "pseudo.filter": ("sigma, probability or none", lambda v: v in ("sigma", "probability", "none")),
+    "pseudo.filter": ("sigma, probability, entropy or none", lambda v: v in ("sigma", "probability", "entropy", "none")),
     "pseudo.label": ("mu, hard or paper", lambda v: v in ("mu", "hard", "paper")),
     "loss.norm": ("weights or pixels", lambda v: v in ("weights", "pixels")),
     "loss.beta": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "loss.gamma": ("a number >= 0", lambda v: is_number(v) and v >= 0),
-    "loss.ramp": ("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1),
+    "loss.ramp": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
+    "loss.wait": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "loss.feature": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
+    "loss.distance": ("cross_entropy or squared", lambda v: v in ("cross_entropy", "squared")),
     "ema.alpha": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "mim.target": ("vit, student or both", lambda v: v in ("vit", "student", "both")),
+    "mim.joint_weight": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "mim.grey": ("True or False", lambda v: isinstance(v, bool)),
     "mim.ratio": ("a number in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
     "mim.batch": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
     "train.batch": ("an even integer >= 2", lambda v: is_int(v) and v >= 2 and v % 2 == 0),
     "optim.schedule": ("cosine or plateau", lambda v: v in ("cosine", "plateau")),
     "optim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "augment.strong_views": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "student.heads": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
@@ -102,8 +109,10 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError("config key teacher.passes: source=both shares the passes, so it must be 2 or more")
     if semi and config.teacher.passes > 1 and not config.teacher.dropout:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
-    for key in ("train.steps", "mim.steps"):
+    for key in ("train.steps", "mim.steps", "ema.every"):
         steps_of(get(config, key), epoch=1, key=key)
+    if not steps_of(config.ema.every, epoch=10**6):
+        raise UserError("config key ema.every=0: the average needs at least one step between its updates")
     for key in ("train.log_every", "train.save_every", "train.figures_every", "optim.plateau.every"):
         steps_of(get(config, key), epoch=1, total=1, key=key)
     return ml_collections.FrozenConfigDict(config)

@@ -54,13 +54,20 @@ def keep_certain(sigma, tau_u):
     return f32(f32(sigma) < tau_u)
 
 
-def ema_update(phi, theta, step, alpha):
-    """Eq. (6): phi <- alpha phi + (1 - alpha) theta, section 3.1.4, with alpha <- min(1 - 1 / (step + 1), alpha).
+def keep_low_entropy(mu, share):
+    """The filter of UA-MT (Yu et al. 2019): 1 where the entropy of mu < (.75 + .25 r) ln 2, r = ramp_up of the stage's share."""
+    mu = f32(mu)
+    entropy = jax.scipy.special.entr(mu) + jax.scipy.special.entr(1 - mu)
+    return f32(entropy < (0.75 + 0.25 * ramp_up(share, 1.0)) * jnp.log(2.0))
 
-    phi and theta are trees of the same structure; another structure raises ValueError. step counts from 0, so that the
-    first update copies theta and early averages do not remember the initial weights.
+
+def ema_update(phi, theta, t, alpha):
+    """Eq. (6): phi <- alpha phi + (1 - alpha) theta, section 3.1.4, with alpha <- min(1 - 1 / (t + 1), alpha).
+
+    phi and theta are trees of the same structure; another structure raises ValueError. t counts updates from 0, so that
+    the first one copies theta and early averages do not remember the initial weights.
     """
-    alpha = jnp.minimum(1.0 - 1.0 / (step + 1.0), alpha)
+    alpha = jnp.minimum(1.0 - 1.0 / (t + 1.0), alpha)
     return optax.incremental_update(theta, phi, 1.0 - alpha)
 
 
@@ -75,20 +82,27 @@ def supervised_loss(z, y, *, lambda_dice=0.5, lambda_bce=0.5):
     return lambda_dice * (1 - overlap).mean() + lambda_bce * cross_entropy(z, y).mean()
 
 
-def unsupervised_loss(z, mu, p_weak, a, *, lambda_u=1.0, lambda_c=0.1, norm="weights"):
+def unsupervised_loss(z, mu, p_weak, a, *, lambda_u=1.0, lambda_c=0.1, distance="cross_entropy", norm="weights"):
     """Eq. (8): L_unsup, section 3.3. Weighted mean of lambda_u CE(mu, p) + lambda_c (p - p_weak)^2 over all pixels.
 
     z, mu, p_weak, a: (b, h, w). `a` = w * keep * notcut in [0, 1] weighs a pixel. norm="weights" divides by max(sum a, 1)
-    (the paper; a uniformly low w cancels), norm="pixels" by their number. Returns a scalar.
+    (the paper; a uniformly low w cancels), norm="pixels" by their number. distance="squared" puts (p - mu)^2 in the place
+    of CE, as Mean Teacher and UA-MT do. Returns a scalar.
     """
     z, a = f32(z), f32(a)
-    error = lambda_u * cross_entropy(z, mu) + lambda_c * jnp.square(jax.nn.sigmoid(z) - f32(p_weak))
+    p = jax.nn.sigmoid(z)
+    to_teacher = cross_entropy(z, mu) if distance == "cross_entropy" else jnp.square(p - f32(mu))
+    error = lambda_u * to_teacher + lambda_c * jnp.square(p - f32(p_weak))
     return (a * error).sum() / (jnp.maximum(a.sum(), 1.0) if norm == "weights" else a.size)
 
 
 def ramp_up(step, length):
-    """beta(t), section 3.3: exp(-5 (1 - min(t / T, 1))^2), from .0067 at t = 0 to 1 at t = T = `length` steps."""
-    return jnp.exp(-5.0 * jnp.square(1.0 - jnp.minimum(step / length, 1.0)))
+    """beta(t), section 3.3: exp(-5 (1 - min(t / T, 1))^2), from .0067 at t = 0 to 1 at t = T = `length` steps.
+
+    0 before t = 0, for a stage that starts with labels alone; 1 throughout for length = 0.
+    """
+    share = jnp.minimum(step / length, 1.0) if length else jnp.ones(())
+    return jnp.where(jnp.asarray(step) < 0, 0.0, jnp.exp(-5.0 * jnp.square(1.0 - share)))
 
 
 def total_loss(l_sup, l_unsup, l_ent, beta, gamma):

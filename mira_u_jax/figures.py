@@ -6,7 +6,7 @@ import jax
 import matplotlib
 import numpy as np
 
-from mira_u_jax import steps
+from mira_u_jax import pseudo
 from mira_u_jax.rng import named
 
 matplotlib.use("Agg")  # no screen
@@ -38,7 +38,7 @@ def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
     plt.close(figure)
 
 
-def training_figure(run, networks, labelled, *, count: int = 6):
+def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
     """A function (step, state) that draws DIR/figures/train_<step>.png.
 
     Image, truth, pseudo-label, sigma, w and the averaged student's prediction of the same few images without outlines
@@ -52,8 +52,10 @@ def training_figure(run, networks, labelled, *, count: int = 6):
     def look(state, image, key):
         maps = {"prediction": jax.nn.sigmoid(networks["student"](state.ema["student"], image))}
         if semi:
-            mu, sigma, w, keep = steps.pseudo_labels(state, image, named(key, "figures"), networks=networks, config=config)
-            maps |= {"pseudo-label": mu, "sigma": sigma, "w": w * keep}
+            label = pseudo.pseudo_labels(
+                state, image, named(key, "figures"), networks=networks, config=config, share=state.step / steps
+            )["student"]
+            maps |= {"pseudo-label": label.target, "sigma": label.sigma, "w": label.w * label.keep}
         return maps
 
     def draw(step, state):

@@ -1,7 +1,6 @@
 """What a run says: one JSON object a line in metrics.jsonl, and a progress line with speed and time left."""
 
 import json
-import math
 import pathlib
 import time
 
@@ -48,14 +47,15 @@ class Logger:
             return
         rows = jax.device_get(self.pending)
         self.pending = []
-        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        if not math.isfinite(mean["loss"]):
-            bad = step - len(rows) + 1 + next(i for i, row in enumerate(rows) if not np.isfinite(row["loss"]))
-            raise FloatingPointError(
-                f"{self.stage}: the loss is not finite at step {bad} (gradient norms: "
-                + ", ".join(f"{k[5:]} {mean[k]:.3g}" for k in mean if k.startswith("grad_"))
-                + "); lower optim.lr, or look at the images of that step"
-            )
+        for i, row in enumerate(rows):
+            if not np.isfinite(row["loss"]):
+                norms = ", ".join(f"{k[5:]} {v:.3g}" for k, v in row.items() if k.startswith("grad_"))
+                raise FloatingPointError(
+                    f"{self.stage}: the loss is not finite at step {step - len(rows) + 1 + i} (gradient norms: {norms});"
+                    " lower optim.lr, or look at the images of that step"
+                )
+        mean = {name: mean_of([row[name] for row in rows]) for name in rows[0]}
+        mean = {name: value for name, value in mean.items() if value is not None}
         done, then = self.since
         seconds = time.perf_counter() - then
         speed = (step - done) * self.images_per_step / max(seconds, 1e-9)
@@ -82,3 +82,9 @@ class Logger:
         if self.active:
             with self.path.open("a") as f:
                 f.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+
+def mean_of(values) -> float | None:
+    """Mean of a metric over the steps that have it: NaN says that a step has none, None that no step has."""
+    had = [float(v) for v in values if not np.isnan(v)]
+    return sum(had) / len(had) if had else None

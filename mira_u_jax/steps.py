@@ -13,8 +13,9 @@ import optax
 import optax.contrib
 from flax import nnx, struct
 
-from mira_u_jax import augment, equations
-from mira_u_jax.rng import named, per_example
+from mira_u_jax import augment, equations, pseudo
+from mira_u_jax.config import steps_of
+from mira_u_jax.rng import named
 from mira_u_jax.student import MaskedReconstruction, Student
 from mira_u_jax.teacher import MaskedAutoencoder, Teacher, to_patches
 
@@ -32,28 +33,44 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """network(params, *inputs, key=None): the module as a pure function; a key turns dropout on."""
+    """network(params, *inputs, key=None): the module as a pure function; a key turns dropout on.
+
+    network.heads(...): the same for the method that gives every head's logits, (k, b, h, w), the first of which predicts.
+    """
 
     graphdef: nnx.GraphDef
 
     def __call__(self, params, *inputs, key=None):
-        rngs = None if key is None else nnx.Rngs(dropout=key)
-        return nnx.merge(self.graphdef, params)(*inputs, rngs=rngs)
+        return nnx.merge(self.graphdef, params)(*inputs, rngs=dropout_of(key))
+
+    def heads(self, params, *inputs, key=None, **options):
+        return nnx.merge(self.graphdef, params).heads(*inputs, rngs=dropout_of(key), **options)
+
+
+def dropout_of(key) -> nnx.Rngs | None:
+    return None if key is None else nnx.Rngs(dropout=key)
 
 
 # --- networks, optimiser, state -------------------------------------------------------------------------------------
 
 
 def network_names(config) -> tuple[str, ...]:
-    """The networks in theta: the student, and the ViT when the teacher reads it."""
-    reads_vit = config.loss.beta > 0 and config.teacher.source in ("both", "vit")
-    return ("student", "vit") if reads_vit else ("student",)
+    """The networks in theta: the student, the ViT when a teacher reads it, and what joint pretraining adds to them."""
+    reads_vit = config.loss.beta > 0 and config.teacher.source != "ema"
+    learners = ("student", "vit") if reads_vit else ("student",)
+    return learners + tuple(f"{name}_mim" for name in learners if config.mim.joint_weight and name in mim_targets(config))
+
+
+def mim_targets(config) -> tuple[str, ...]:
+    """The networks whose encoder masked image modelling trains."""
+    return ("student", "vit") if config.mim.target == "both" else (config.mim.target,)
 
 
 def make_module(name: str, stage: str, config, rngs: nnx.Rngs) -> nnx.Module:
-    """The module of one network: a segmenter in stage "train", a masked autoencoder around its encoder in "pretrain"."""
+    """The module of one network: a segmenter; in stage "pretrain" and as NAME_mim the masked autoencoder on its encoder."""
+    name, autoencoder = name.removesuffix("_mim"), stage == "pretrain" or name.endswith("_mim")
     module = Student(**config.student, rngs=rngs) if name == "student" else Teacher(**config.vit, rngs=rngs)
-    if stage == "train":
+    if not autoencoder:
         return module
     if name == "student":
         return MaskedReconstruction(module, ratio=config.mim.ratio, rngs=rngs)
@@ -71,11 +88,15 @@ def make_networks(names, stage: str, config) -> dict[str, Network]:
 
 
 def fresh_params(names, stage: str, config, key) -> dict:
-    """Fresh parameters of a stage, {name: plain tree of float32 arrays}; `key` is the run's key."""
+    """Fresh parameters of a stage, {name: plain tree of float32 arrays}; `key` is the run's key.
+
+    NAME_mim holds only what the autoencoder adds: its encoder is that of NAME.
+    """
 
     def init(name):
         rngs = nnx.Rngs(params=named(named(key, f"init/{stage}"), name))
-        return nnx.to_pure_dict(nnx.split(make_module(name, stage, config, rngs))[1])
+        params = nnx.to_pure_dict(nnx.split(make_module(name, stage, config, rngs))[1])
+        return {k: v for k, v in params.items() if k != "encoder"} if name.endswith("_mim") else params
 
     return {name: init(name) for name in names}
 
@@ -139,74 +160,78 @@ def pretrain_step(state: TrainState, data, index, key, *, networks, tx, config):
     image, _ = augment.labelled_view(named(key, "view"), image, jnp.zeros(image.shape[:3]), config.augment)
 
     def loss_fn(params):
-        losses = {}
-        for name, network in networks.items():
-            k = named(key, name)
-            rebuilt, hidden = network(params[name], image, named(k, "hide"), key=named(k, "dropout"))
-            patch = round((rebuilt.shape[-1] / 3) ** 0.5)
-            losses[name] = equations.mim_loss(rebuilt, to_patches(image, patch), hidden)
+        losses = {f"mim_{name}": mim(network, params[name], image, named(key, name), config)
+                  for name, network in networks.items()}
         return sum(losses.values()), losses
 
     (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state, metrics = update(state, grads, tx, config.ema)
-    return state, metrics | {"loss": loss} | {f"mim_{name}": value for name, value in losses.items()}
+    state, metrics = update(state, grads, tx, config.ema.alpha)
+    return state, metrics | {"loss": loss} | losses
 
 
-def train_step(state: TrainState, data, index, key, *, networks, tx, config, steps: int):
-    """Stage 2, one step of MIRA-U: M teacher passes, student and ViT update, EMA. DESIGN of the step in docs/paper.md.
+def train_step(state: TrainState, data, index, key, *, networks, tx, config, steps: int, epoch: int):
+    """Stage 2, one step of MIRA-U: M teacher passes, student and ViT update, EMA. The step in words: docs/paper.md.
 
     data: {"image": (n, h, w, 3), "mask": (n, h, w)} uint8, resident; index: {"labelled", "unlabelled"}, (b,) int32 each;
-    key: the run's key; steps: the length of the stage. Returns (state, metrics), metrics all float32 scalars.
+    key: the run's key; steps: the length of the stage, epoch: that of a pass over the pool. Returns (state, metrics),
+    metrics all float32 scalars. Every method and ablation is a configuration of this one function.
     """
     key = jax.random.fold_in(named(key, "train"), state.step)
-    student, vit = networks["student"], networks.get("vit")
     cfg, semi = config.loss, config.loss.beta > 0
+    learners = {name: networks[name] for name in pseudo.LEARNERS if name in networks}
     x, y = to_float(data["image"][index["labelled"]]), to_float(data["mask"][index["labelled"]])
     x, y = augment.labelled_view(named(key, "labelled"), x, y, config.augment)
-    beta = cfg.beta * equations.ramp_up(state.step, cfg.ramp * steps)
+    beta = cfg.beta * equations.ramp_up(state.step - cfg.wait * steps, cfg.ramp * steps)
     metrics = {"beta": beta}
 
     if semi:
-        # 1. Weak and strong view, one geometry. The masks of these images are for the report in `metrics` only.
+        # 1. Weak and strong views, one geometry. The masks of these images are for the report in `metrics` only.
         u, hidden_truth = to_float(data["image"][index["unlabelled"]]), to_float(data["mask"][index["unlabelled"]])
-        x_w, x_s, notcut, truth = augment.weak_strong_views(named(key, "unlabelled"), u, hidden_truth, config.augment)
-        # 2., 3. The teacher's M passes on the weak view: mu, sigma, w, keep.
-        mu, sigma, w, keep = pseudo_labels(state, x_w, named(key, "passes"), networks=networks, config=config)
-        p_w = jax.lax.stop_gradient(jax.nn.sigmoid(student(state.params["student"], x_w)))
-        metrics |= label_report(mu, sigma, w, p_w, truth)
-        if config.pseudo.filter != "none":
-            metrics["keep"] = keep.mean()
-        # 4. CutMix moves everything that belongs to a pixel.
-        x_s, mu, w, keep, notcut, p_w = augment.cutmix(
-            named(key, "cutmix"), config.augment.cutmix, x_s, mu, w, keep, notcut, p_w
+        x_w, strong, truth = augment.weak_strong_views(named(key, "unlabelled"), u, hidden_truth, config.augment)
+        # 2., 3. The teacher's M passes on the weak view: mu, sigma, w, keep for each learner.
+        labels = pseudo.pseudo_labels(
+            state, x_w, named(key, "passes"), networks=networks, config=config, share=state.step / steps
         )
-        a = w * keep * notcut
-        target = {"mu": mu, "hard": equations.f32(mu > 0.5), "paper": w * mu}[config.pseudo.label]
-        x = jnp.concatenate([x, x_s])  # one forward pass for the labelled and the strong batch
+        p_w = jax.lax.stop_gradient(jax.nn.sigmoid(learners["student"](state.params["student"], x_w)))
+        metrics |= pseudo.report(labels["student"], p_w, truth, filtered=config.pseudo.filter != "none")
+        weak = x_w, jnp.ones_like(p_w), p_w, labels
+        # 4. CutMix moves everything that belongs to a pixel; each strong view has boxes of its own.
+        mixed = [
+            augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w, labels)
+            for i, (image, notcut) in enumerate(strong)
+        ]
+        strong = jax.tree.map(lambda *views: jnp.concatenate(views), *mixed)
+        x = jnp.concatenate([x, strong[0]])  # one forward pass for the labelled and the strong batch
 
     def loss_fn(params):
         # 5. The losses; dropout is on in every trained pass.
-        z = student(params["student"], x, key=named(key, "student"))
-        z, z_s = z[: y.shape[0]], z[y.shape[0] :]
-        parts = {"sup": equations.supervised_loss(z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce)}
-        if not semi:
-            return parts["sup"], parts
-        unsupervised = functools.partial(equations.unsupervised_loss, lambda_u=cfg.lambda_u, norm=cfg.norm)
-        parts["unsup"] = unsupervised(z_s, target, p_w, a, lambda_c=cfg.lambda_c)
-        parts["ent"] = equations.entropy_loss(z_s, notcut)
-        loss = equations.total_loss(parts["sup"], parts["unsup"], parts["ent"], beta, cfg.gamma * beta)
-        if vit is not None:
-            z = vit(params["vit"], x, key=named(key, "vit"))
-            z, z_s = z[: y.shape[0]], z[y.shape[0] :]
-            parts["vit_sup"] = equations.supervised_loss(z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce)
-            parts["vit_unsup"] = unsupervised(z_s, target, p_w, a, lambda_c=0.0)
-            loss += equations.total_loss(parts["vit_sup"], parts["vit_unsup"], 0.0, beta, 0.0)
+        loss, parts = 0.0, {}
+        for name, network in learners.items():
+            student = name == "student"
+            z = network.heads(params[name], x, key=named(key, name))
+            z, z_s = z[:, : y.shape[0]], z[:, y.shape[0] :]
+            sup = over_heads(equations.supervised_loss, z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce)
+            unsup = ent = 0.0
+            if semi:
+                unsup = unsupervised(z_s, strong, name, cfg)
+                ent = over_heads(equations.entropy_loss, z_s, strong[1]) if student else 0.0
+            if semi and student and cfg.feature:
+                z_w = network.heads(params[name], x_w, key=named(key, "feature"), perturb=0.5)
+                unsup = (1 - cfg.feature) * unsup + cfg.feature * unsupervised(z_w, weak, name, cfg)
+            loss += equations.total_loss(sup, unsup, ent, beta, cfg.gamma * beta)
+            found = {"sup": sup} | ({"unsup": unsup} if semi else {}) | ({"ent": ent} if semi and student else {})
+            parts |= {f"loss_{part}" if student else f"loss_{name}_{part}": value for part, value in found.items()}
+        for name in networks.keys() - learners.keys():  # Algorithm 1: L_MIM in the same loop
+            encoder = {"encoder": params[name.removesuffix("_mim")]["encoder"]}
+            parts[f"loss_{name}"] = mim(networks[name], params[name] | encoder, x_w, named(key, name), config)
+            loss += config.mim.joint_weight * parts[f"loss_{name}"]
         return loss, parts
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     # 6., 7. AdamW on theta, then phi.
-    state, updated = update(state, grads, tx, config.ema)
-    return state, metrics | updated | {"loss": loss} | {f"loss_{name}": value for name, value in parts.items()}
+    every = max(steps_of(config.ema.every, epoch=epoch), 1)
+    state, updated = update(state, grads, tx, config.ema.alpha, every)
+    return state, metrics | updated | {"loss": loss} | parts
 
 
 def eval_step(params, image, *, network: Network):
@@ -217,76 +242,40 @@ def eval_step(params, image, *, network: Network):
 # --- their parts ----------------------------------------------------------------------------------------------------
 
 
-def update(state: TrainState, grads, tx, ema):
-    """AdamW step on theta and Eq. (6) on phi. Returns (state, metrics)."""
+def unsupervised(z, view, learner: str, cfg):
+    """Eq. (8) of one learner's logits (k, b, h, w) on a view (image, notcut, p_w, labels); the ViT has no weak term."""
+    _, notcut, p_w, labels = view
+    label = labels[learner]
+    return over_heads(
+        equations.unsupervised_loss, z, label.target, p_w, label.w * label.keep * notcut, lambda_u=cfg.lambda_u,
+        lambda_c=cfg.lambda_c if learner == "student" else 0.0, distance=cfg.distance, norm=cfg.norm,
+    )
+
+
+def over_heads(loss, z, *targets, **settings):
+    """Mean of a loss over the heads of z (k, b, h, w)."""
+    return jax.vmap(lambda z: loss(z, *targets, **settings))(z).mean()
+
+
+def mim(network: Network, params, image, key, config):
+    """Eq. (1) of one masked autoencoder on images (b, h, w, 3) in [0, 1]."""
+    if config.mim.grey:
+        image = jnp.broadcast_to(augment.luma(image), image.shape)
+    rebuilt, hidden = network(params, image, named(key, "hide"), key=named(key, "dropout"))
+    patch = round((rebuilt.shape[-1] / 3) ** 0.5)
+    return equations.mim_loss(rebuilt, to_patches(image, patch), hidden)
+
+
+def update(state: TrainState, grads, tx, alpha: float, every: int = 1):
+    """AdamW step on theta and, each `every` steps, Eq. (6) on phi. Returns (state, metrics)."""
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * state.plateau.scale, updates))
-    averaged = equations.ema_update(state.ema, params, state.step, ema.alpha)
+    ema = equations.ema_update(state.ema, params, state.step // every, alpha)
+    if every > 1:
+        due = (state.step + 1) % every == 0
+        ema = jax.tree.map(lambda new, old: jnp.where(due, new, old), ema, state.ema)
     metrics = {f"grad_{name}": optax.global_norm(g) for name, g in grads.items()}
-    return state.replace(step=state.step + 1, params=params, ema=averaged, opt=opt), metrics
-
-
-def teacher_passes(network: Network, params, image, key, passes: int):
-    """`passes` stochastic probabilities of each image, (m, b, h, w). Section 3.1.3.
-
-    vmap over examples outside and over keys inside, key = fold_in(key, global example, pass): the masks do not depend on
-    the number of devices, nothing is gathered, and what lies before the first dropout is computed once per example.
-    """
-
-    def one(key, image):
-        keys = per_example(key, passes)
-        return jax.vmap(lambda k: jax.nn.sigmoid(network(params, image[None], key=k)[0]))(keys)
-
-    return jax.vmap(one, out_axes=1)(per_example(key, image.shape[0]), image)
-
-
-def pseudo_labels(state: TrainState, image, key, *, networks, config):
-    """mu, sigma, w, keep of weak views (b, h, w, 3), each (b, h, w), no gradient. Eqs. (4), (5), Algorithm 2.
-
-    teacher.source "both" shares the passes between ViT and student; teacher.weights picks phi (ema) or theta (online).
-    """
-    cfg = config.teacher
-    weights = state.ema if cfg.weights == "ema" else state.params
-    share = {"vit": {"vit": cfg.passes}, "ema": {"student": cfg.passes}}.get(
-        cfg.source, {"vit": cfg.passes - cfg.passes // 2, "student": cfg.passes // 2}
-    )
-    if cfg.dropout:
-        passes = [teacher_passes(networks[n], weights[n], image, named(key, n), m) for n, m in share.items()]
-    else:
-        passes = [jax.nn.sigmoid(networks[n](weights[n], image))[None] for n in share]
-    mu, sigma = jax.lax.stop_gradient(equations.mean_and_deviation(jnp.concatenate(passes)))
-    w = equations.confidence(sigma, config.pseudo.kappa) if config.pseudo.weight == "confidence" else jnp.ones_like(mu)
-    keep = {
-        "sigma": equations.keep_certain(sigma, config.pseudo.tau_u),
-        "probability": equations.f32(jnp.maximum(mu, 1 - mu) > config.pseudo.tau_p),
-        "none": jnp.ones_like(mu),
-    }[config.pseudo.filter]
-    return mu, sigma, w, keep
-
-
-def label_report(mu, sigma, w, p_w, truth):
-    """What a run watches about its pseudo-labels; nothing here reaches a loss.
-
-    sigma is also averaged over the band around the teacher's outline (a pixel whose 5x5 neighbourhood holds both classes),
-    where it must be alive: over plain skin every teacher is sure. Dice of mu and of the student's own weak prediction
-    against the hidden masks tells whether the teacher is worth listening to.
-    """
-    hard = equations.f32(mu > 0.5)
-    pool = functools.partial(
-        jax.lax.reduce_window, init_value=-jnp.inf, computation=jax.lax.max, window_dimensions=(1, 5, 5),
-        window_strides=(1, 1, 1), padding="SAME",
-    )
-    band = equations.f32((pool(hard) > 0.5) & (pool(1 - hard) > 0.5))
-    truth = equations.f32(truth > 0.5)
-
-    def dice(p):
-        p = equations.f32(p > 0.5)
-        return ((2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)).mean()
-
-    return {
-        "sigma": sigma.mean(), "sigma_band": (sigma * band).sum() / jnp.maximum(band.sum(), 1), "w": w.mean(),
-        "w_band": (w * band).sum() / jnp.maximum(band.sum(), 1), "teacher_dice": dice(mu), "student_dice": dice(p_w),
-    }
+    return state.replace(step=state.step + 1, params=params, ema=ema, opt=opt), metrics
 
 
 def to_float(x):

@@ -33,16 +33,32 @@ class Encoder(nnx.Module):
         return features
 
 
+class AuxiliaryHead(nnx.Module):
+    """A second way from the decoder's stride 2 to logits: its own last stage, without the skip."""
+
+    def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs):
+        self.up = ConvTranspose(c_in, c_out, rngs=rngs)
+        self.block = ConvBlock(c_out, rngs=rngs)
+        self.out = nnx.Conv(c_out, 1, (1, 1), rngs=rngs)
+
+    def __call__(self, x):  # b h w c -> b 2h 2w 1
+        return self.out(self.block(self.up(x)))
+
+
 class Student(nnx.Module):
     """RGB image in [0, 1], (b, h, w, 3) -> logits (b, h, w). h and w are multiples of the coarsest stride.
 
     `widths`, `stages` (conv | swin) and `skips` (gate | cross) name the network from fine to coarse, stride 1, 2, 4, ...;
     the last stage is the bottleneck and has no skip. Dropout sits in the Swin blocks, at the bottleneck and in the two
     deepest decoder stages only: what lies before is the same in every Monte Carlo pass and is computed once.
+
+    heads=2 adds an auxiliary head; the first one predicts. `perturb` drops that share of the encoder's channels, the
+    feature perturbation of UniMatch (Yang et al. 2023); it needs `rngs`.
     """
 
     def __init__(
-        self, *, widths, stages, skips, window: int, head_width: int, mlp_ratio: int, dropout: float, rngs: nnx.Rngs
+        self, *, widths, stages, skips, window: int, head_width: int, mlp_ratio: int, dropout: float, heads: int = 1,
+        rngs: nnx.Rngs,
     ):
         if not len(widths) == len(stages) == len(skips) + 1:
             raise ValueError(f"Student: {len(widths)} widths need as many stages and one skip less")
@@ -60,13 +76,22 @@ class Student(nnx.Module):
                 self.skip.append(GateSkip(c, rngs=rngs))
             self.decoder.append(ConvBlock(c, dropout=dropout if i >= len(skips) - 2 else 0.0, rngs=rngs))
         self.out = nnx.Conv(widths[0], 1, (1, 1), rngs=rngs)
+        self.auxiliary = AuxiliaryHead(widths[1], widths[0], rngs=rngs) if heads == 2 else None
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w
-        *skips, x = self.encoder(image, rngs=rngs)
+        return self.heads(image, rngs=rngs)[0]
+
+    def heads(self, image, *, perturb: float = 0.0, rngs=None):  # b h w 3 -> k b h w, k heads
+        features = self.encoder(image, rngs=rngs)
+        if perturb:
+            channels = nnx.Dropout(perturb, broadcast_dims=(1, 2))
+            features = [drop(channels, x, rngs) for x in features]
+        *skips, x = features
         x = drop(self.bottleneck, x, rngs)
         for i in reversed(range(len(skips))):
-            x = self.decoder[i](self.skip[i](self.up[i](x), skips[i]), rngs=rngs)
-        return self.out(x)[..., 0].astype(jnp.float32)
+            below, x = x, self.decoder[i](self.skip[i](self.up[i](x), skips[i]), rngs=rngs)
+        logits = [self.out(x)] + ([self.auxiliary(below)] if self.auxiliary else [])
+        return jnp.stack(logits)[..., 0].astype(jnp.float32)
 
 
 class MaskedReconstruction(nnx.Module):

@@ -30,7 +30,7 @@ def run(config, workdir):
 
     names = steps.network_names(config)
     params = steps.init_params(names, "train", config, run.key)
-    targets = tuple(n for n in names if config.mim.target in (n, "both"))
+    targets = tuple(name for name in steps.mim_targets(config) if name in names)
     epoch = -(-len(dataset.unlabelled) // config.mim.batch)
     mim_steps = configuration.steps_of(config.mim.steps, epoch=epoch, key="mim.steps")
     if mim_steps and targets:
@@ -85,9 +85,9 @@ class Run:
         return self.stage(
             "train", total=total, epoch=epoch, images=len(orders) * cfg.batch,
             state=steps.init_state(params, tx, config.optim),
-            step_fn=functools.partial(steps.train_step, networks=networks, tx=tx, config=config, steps=total),
+            step_fn=functools.partial(steps.train_step, networks=networks, tx=tx, config=config, steps=total, epoch=epoch),
             index_at=lambda step: {name: data.batch_at(order, step, cfg.batch) for name, order in orders.items()},
-            after=validate, draw=figures.training_figure(self, networks, labelled),
+            after=validate, draw=figures.training_figure(self, networks, labelled, steps=total),
         )
 
     def plateau(self, network, epoch: int, total: int):

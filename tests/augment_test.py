@@ -217,13 +217,21 @@ def test_cutmix_probability_and_key(arrays):
 
 
 def settings(geometry, **colour):
-    default = dict(labelled_colour=0.5, weak_colour=0.2, strong_ops=2, strong_magnitude=9.0, cutout=0.15)
+    default = dict(
+        labelled_colour=0.5, weak_colour=0.2, strong_views=1, strong_ops=2, strong_magnitude=9.0, cutout=0.15
+    )
     return FrozenConfigDict(default | colour | {"geometry": geometry})
 
 
 labelled_view = jax.jit(augment.labelled_view, static_argnums=3)
-weak_strong_views = jax.jit(augment.weak_strong_views, static_argnums=3)
+views = jax.jit(augment.weak_strong_views, static_argnums=3)
 PLAIN = dict(labelled_colour=0.0, weak_colour=0.0, strong_ops=0, cutout=0.0)
+
+
+def weak_strong_views(key, image, mask, cfg):
+    """weak, strong, notcut, mask, of the first strong view."""
+    weak, [(strong, notcut), *_], mask = views(key, image, mask, cfg)
+    return weak, strong, notcut, mask
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +266,21 @@ def test_notcut_is_zero_exactly_where_the_strong_view_is_grey(blobs):
     for cut in notcut == 0:
         assert_box(cut, 0.02, 0.3)
     close(np.where(notcut[..., None] == 1, weak - strong, 0), np.zeros_like(weak))  # and nowhere else
+
+
+def test_two_strong_views_differ_in_colour_and_box_only(blobs):
+    """As UniMatch draws them; the first one is the same whether or not there is a second."""
+    cfg = settings(MOVING, cutout=0.3, strong_views=2)
+    weak, strong, _ = views(jax.random.key(4), *blobs, cfg)
+    (first, first_left), (second, second_left) = strong
+    assert (np.asarray(first_left) != np.asarray(second_left)).any((1, 2)).all()
+    assert np.abs(first - second).max((1, 2, 3)).min() > 0.05
+    alone = views(jax.random.key(4), *blobs, settings(MOVING, cutout=0.3))
+    jax.tree.map(np.testing.assert_array_equal, (weak, strong[0]), (alone[0], alone[1][0]))
+    still = views(jax.random.key(4), *blobs, settings(MOVING, **PLAIN, strong_views=2))
+    for view, notcut in still[1]:
+        close(view, still[0])
+        assert (notcut == 1).all()
 
 
 def test_colour_changes_the_image_and_never_the_mask(blobs):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import common
-from mira_u_jax import equations, steps
+from mira_u_jax import equations, pseudo, steps
 
 KEY = jax.random.key(0)
 INDEX = {"labelled": np.array([0, 1, 2, 3], np.int32), "unlabelled": np.array([2, 5, 8, 11], np.int32)}
@@ -38,7 +38,7 @@ class Case:
         self.state = steps.init_state({name: params[name] for name in self.names}, self.tx, config.optim)
         parts = dict(networks=self.networks, tx=self.tx, config=config)
         if stage == "train":
-            self.step = jax.jit(functools.partial(steps.train_step, steps=30, **parts))
+            self.step = jax.jit(functools.partial(steps.train_step, steps=30, epoch=3, **parts))
         else:
             self.step = jax.jit(functools.partial(steps.pretrain_step, **parts))
 
@@ -72,7 +72,7 @@ def test_teacher_passes_equal_a_loop_with_the_same_keys(networks, tiny_data, nam
     """The vmapped form is one image and one key at a time, key = fold_in(fold_in(key, example), pass)."""
     network, params = networks[0][name], networks[1][name]
     image = tiny_data["image"][:2].astype(np.float32) / 255
-    found = jax.jit(lambda p: steps.teacher_passes(network, p, image, KEY, 3))(params)
+    found = jax.jit(lambda p: pseudo.teacher_passes(network, p, image, KEY, 3))(params)
     assert found.shape == (3, 2, 32, 32) and found.dtype == jnp.float32
     one = jax.jit(lambda image, key: jax.nn.sigmoid(network(params, image[None], key=key)[0]))
     for i in range(2):
@@ -91,9 +91,16 @@ def test_pseudo_labels_carry_no_gradient(tiny_config, networks, tiny_data, sourc
 
     def loss(params):
         state = case.state.replace(params=params, ema=params)
-        return sum(part.sum() for part in steps.pseudo_labels(state, image, KEY, networks=case.networks, config=config))
+        labels = pseudo.pseudo_labels(state, image, KEY, networks=case.networks, config=config, share=0.5)
+        return sum(part.sum() for part in jax.tree.leaves(labels))
 
     assert not any(leaf.any() for _, leaf in leaves(jax.jit(jax.grad(loss))(case.state.params)))
+
+
+def student_label(state, image, networks, config, share=0.5):
+    """mu, sigma, w, keep that the student hears."""
+    label = pseudo.pseudo_labels(state, image, KEY, networks=networks, config=config, share=share)["student"]
+    return label.mu, label.sigma, label.w, label.keep
 
 
 def test_pseudo_labels_are_eqs_4_and_5_of_the_shared_passes(tiny_config, networks, tiny_data):
@@ -105,9 +112,9 @@ def test_pseudo_labels_are_eqs_4_and_5_of_the_shared_passes(tiny_config, network
 
     @jax.jit
     def both(params):
-        found = steps.pseudo_labels(state.replace(ema=params), image, KEY, networks=nets, config=config)
+        found = student_label(state.replace(ema=params), image, nets, config)
         shares = (("vit", 2), ("student", 1))
-        return found, [steps.teacher_passes(nets[n], params[n], image, steps.named(KEY, n), m) for n, m in shares]
+        return found, [pseudo.teacher_passes(nets[n], params[n], image, steps.named(KEY, n), m) for n, m in shares]
 
     (mu, sigma, w, keep), passes = jax.device_get(both(params))
     passes = np.concatenate(passes).astype(float)
@@ -125,7 +132,7 @@ def test_fixmatch_keeps_what_it_is_sure_of(tiny_config, networks, tiny_data):
 
     @jax.jit
     def both(params):
-        found = steps.pseudo_labels(state.replace(params=params), image, KEY, networks=case.networks, config=config)
+        found = student_label(state.replace(params=params), image, case.networks, config)
         return found, jax.nn.sigmoid(case.networks["student"](params["student"], image))
 
     (mu, sigma, w, keep), p = jax.device_get(both(state.params))
