@@ -55,7 +55,7 @@ def keep_certain(sigma, tau_u):
 
 
 def keep_low_entropy(mu, share):
-    """The filter of UA-MT (Yu et al. 2019): 1 where the entropy of mu < (.75 + .25 r) ln 2, r = ramp_up of the stage's share."""
+    """The filter of UA-MT (Yu et al. 2019): 1 where the entropy of mu < (.75 + .25 ramp_up(share)) ln 2, share in [0, 1]."""
     mu = f32(mu)
     entropy = jax.scipy.special.entr(mu) + jax.scipy.special.entr(1 - mu)
     return f32(entropy < (0.75 + 0.25 * ramp_up(share, 1.0)) * jnp.log(2.0))

@@ -1,5 +1,6 @@
-"""Pictures of a run: panels of images side by side."""
+"""Pictures of a run: panels of images side by side, and its curves."""
 
+import json
 import pathlib
 
 import jax
@@ -35,6 +36,38 @@ def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
     for i, label in enumerate(rows):
         axes[i, 0].set_ylabel(label, fontsize=7)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+CURVES = {  # title -> names in metrics.jsonl
+    "losses": ("loss_sup", "loss_unsup", "loss_ent", "loss_vit_sup", "loss_vit_unsup"),
+    "weight of the pseudo-labels": ("beta", "keep", "w", "w_band"),
+    "deviation of the passes": ("sigma", "sigma_band"),
+    "Dice on the pool, hidden masks": ("teacher_dice", "student_dice", "kept_dice", "dropped_dice"),
+    "calibration error of mu, hidden masks": ("kept_ece", "dropped_ece"),
+    "gradient norms": ("grad_student", "grad_vit"),
+}
+
+
+def training_curves(workdir):
+    """Draw what DIR/metrics.jsonl says of stage 2 by step, into DIR/figures/curves.png."""
+    workdir = pathlib.Path(workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "train"]
+    panels = {title: drawn for title, names in CURVES.items() if (drawn := [n for n in names if any(n in r for r in rows)])}
+    height, width = (2, 3) if len(panels) > 3 else (1, len(panels))
+    figure, axes = plt.subplots(height, width, figsize=(4 * width, 2.8 * height), squeeze=False, layout="constrained")
+    for ax, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            ax.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    (workdir / "figures").mkdir(exist_ok=True)
+    figure.savefig(workdir / "figures" / "curves.png", dpi=100)
     plt.close(figure)
 
 

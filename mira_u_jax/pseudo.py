@@ -133,7 +133,7 @@ def dice(p, truth, axis):
 
 
 def calibration_error(p, truth, where, bins: int = 10):
-    """Expected calibration error over the pixels `where`: |mean p - share of truth| by bin of p, the probability of lesion."""
+    """Expected calibration error over the pixels `where`: |mean p - share of truth| in each bin of p = P(lesion)."""
     index = jnp.clip((p * bins).astype(jnp.int32), 0, bins - 1)
     gap = jax.ops.segment_sum(jnp.ravel(where * (p - truth)), jnp.ravel(index), num_segments=bins)
     return jnp.abs(gap).sum() / jnp.maximum(where.sum(), 1)

@@ -37,7 +37,9 @@ def run(config, workdir):
         pretrained = run.pretrain(targets, mim_steps, epoch)
         for name in targets:
             params[name]["encoder"] = pretrained.params[name]["encoder"]
-    return run.train(names, params)
+    state = run.train(names, params)
+    figures.training_curves(workdir)
+    return state
 
 
 class Run:
