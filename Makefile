@@ -3,18 +3,24 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-all lint requirements clean
+.PHONY: run test test-all mutants lint requirements clean
 
 # Environment, embedded data, masked image modelling, semi-supervised training, evaluation, pictures.
 run: $(INSTALLED)
 	$(PY) -m mira_u_jax.main --config=configs/synthetic.py$(ARGS) --workdir=$(or $(WORKDIR),runs/quickstart)
 
-# The fast tests, and all of them.
+# The fast tests, and all of them; a few files at a time, as compiling keeps one core busy.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) $(PYTEST)
 
 test-all: $(INSTALLED)
-	$(PY) -m pytest -m "slow or not slow"
+	$(PY) $(PYTEST) -m "slow or not slow"
+
+# Deliberate faults, each of which a test must catch.
+mutants: $(INSTALLED)
+	$(PY) tests/mutants.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -1,0 +1,235 @@
+"""Deliberate faults, one at a time in a copy of the project: each must make a test fail. `make mutants`.
+
+    python tests/mutants.py [WORD ...]      only the faults whose name holds one of the words
+
+Prints `caught N / N`; exit status 1 when a fault survives or changes nothing, 2 when the tests fail without any fault.
+A fault counts when its file still parses to another program and the tests named beside it then FAIL; a test that cannot
+even be collected does not count as caught.
+"""
+
+import ast
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """In `file`, the one occurrence of `old` becomes `new`; `tests` are what pytest is given to find out."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+EQ, STEP, REF = "tests/equations_test.py", "tests/steps_test.py", "tests/reference_test.py"
+LOSSES = f"{REF}::test_step_equals_the_algorithms[]"
+MUTANTS = [Mutant(*fields) for fields in (
+    # equations
+    ("MIM measures what it saw", "equations.py", "(error * hidden).sum()", "(error * (1 - hidden)).sum()",
+     f"{EQ} -k mim"),
+    ("MIM is not divided by the hidden patches", "equations.py", "jnp.maximum(hidden.sum(), 1.0)", "hidden.size",
+     f"{EQ} -k mim"),
+    ("cross-entropy with the wrong sign", "equations.py", "- f32(target) * f32(z)", "+ f32(target) * f32(z)",
+     f"{EQ} -k cross"),
+    ("entropy with the wrong sign", "equations.py", "- z * jax.nn.sigmoid(z)", "+ z * jax.nn.sigmoid(z)",
+     f"{EQ} -k entropy_loss"),
+    ("entropy of what CutOut erased", "equations.py", "(entropy * notcut).sum()", "entropy.sum()",
+     f"{EQ} -k entropy_loss"),
+    ("deviation with ddof 0", "equations.py", "/ (m - 1))", "/ m)", f"{EQ} -k deviation"),
+    ("confidence grows with doubt", "equations.py", "jnp.exp(-f32(sigma) / kappa)", "jnp.exp(f32(sigma) / kappa)",
+     f"{EQ} -k confidence"),
+    ("keep is inverted", "equations.py", "f32(f32(sigma) < tau_u)", "f32(f32(sigma) > tau_u)", f"{EQ} -k keep_certain"),
+    ("EMA with alpha and 1 - alpha swapped", "equations.py", "phi, 1.0 - alpha)", "phi, alpha)", f"{EQ} -k ema"),
+    ("EMA remembers the first weights", "equations.py", "jnp.minimum(1.0 - 1.0 / (t + 1.0), alpha)", "alpha",
+     f"{EQ} -k ema"),
+    ("Dice pooled over the batch", "equations.py", "(2 * (p * y).sum((1, 2)) + 1) / (p.sum((1, 2)) + y.sum((1, 2)) + 1)",
+     "(2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)", f"{EQ} -k dice"),
+    ("pixel weights unused in Eq. (8)", "equations.py", "(a * error).sum()", "error.sum()", f"{EQ} -k unsupervised"),
+    ("Eq. (8) divided by all pixels", "equations.py", 'if norm == "weights" else a.size', 'if norm == "" else a.size',
+     f"{EQ} -k unsupervised"),
+    ("the ramp falls", "equations.py", "jnp.exp(-5.0 * jnp.square(1.0 - share))", "jnp.exp(-5.0 * jnp.square(share))",
+     f"{EQ} -k ramp"),
+    ("the sum forgets beta", "equations.py", "l_sup + beta * l_unsup", "l_sup + l_unsup", f"{EQ} -k total"),
+    ("losses in bfloat16", "equations.py", "jnp.asarray(x, jnp.float32)", "jnp.asarray(x)", f"{EQ} -k half"),
+    # pseudo-labels
+    ("every pass has the same dropout", "pseudo.py", "keys = per_example(key, passes)",
+     "keys = per_example(key, 1).repeat(passes)", f"{STEP} -k teacher_passes"),
+    ("every image has the same dropout", "pseudo.py", "(per_example(key, image.shape[0]), image)",
+     "(per_example(key, 1).repeat(image.shape[0]), image)", f"{STEP} -k teacher_passes"),
+    ("passes recompute what is the same in all", "pseudo.py",
+     "jax.nn.sigmoid(network.heads(params, image[None], key=k)[:, 0]))(keys)",
+     "jax.nn.sigmoid(network.heads(params, image[None] + 0 * jax.random.uniform(k), key=k)[:, 0]))(keys)",
+     "tests/networks_test.py -k once_per_image"),
+    ("a gradient flows into mu, sigma and w", "pseudo.py",
+     "return jax.lax.stop_gradient(PseudoLabel(mu, sigma, w, keep(mu, sigma, config.pseudo, share), "
+     "target))", "return PseudoLabel(mu, sigma, w, keep(mu, sigma, config.pseudo, share), target)",
+     f"{STEP} -k carry_no_gradient"),
+    ("the teacher is theta, not phi", "pseudo.py", 'weights = state.ema if cfg.weights == "ema" else state.params',
+     "weights = state.params", f"{STEP} -k eqs_4_and_5"),
+    ("w switched off", "pseudo.py", 'if config.pseudo.weight == "confidence" else',
+     'if config.pseudo.weight == "on" else', "tests/pseudo_test.py -k targets_and_weights"),
+    ("each teaches itself in cross teaching", "pseudo.py", '{"vit" if learner == "student" else "student": passes}',
+     "{learner: passes}", "tests/pseudo_test.py -k passes_for"),
+    ("a hard label below the threshold", "pseudo.py", "jnp.maximum(mu, 1 - mu) > cfg.tau_p",
+     "jnp.maximum(mu, 1 - mu) < cfg.tau_p", "tests/pseudo_test.py -k filter"),
+    # the step
+    ("an unlabelled mask leaks", "steps.py", "weak = x_w, jnp.ones_like(p_w), p_w, labels",
+     "weak = x_w, jnp.ones_like(p_w), p_w, labels\n"
+     "        labels = {n: label.replace(target=truth) for n, label in labels.items()}",
+     f"{STEP} -k masks_of_unlabelled"),
+    ("w unused in the step", "steps.py", "label.w * label.keep * notcut", "label.keep * notcut", LOSSES),
+    ("keep unused in the step", "steps.py", "label.w * label.keep * notcut", "label.w * notcut", LOSSES),
+    ("what CutOut erased is taught", "steps.py", "label.w * label.keep * notcut", "label.w * label.keep", LOSSES),
+    ("p_w stays where CutMix moved the image", "steps.py",
+     'augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w, labels)',
+     '(*augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut), p_w,\n'
+     '             *augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, labels))', LOSSES),
+    ("the labels stay where CutMix moved the image", "steps.py",
+     'augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w, labels)',
+     '(*augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w), labels)', LOSSES),
+    ("p_w carries a gradient", "steps.py", "unsup = unsupervised(z_s, strong, name, cfg)", "q = jax.nn.sigmoid(z_s[0])\n"
+     "                unsup = unsupervised(z_s, (*strong[:2], strong[2] + q - jax.lax.stop_gradient(q), "
+     "strong[3]), name, cfg)", f"{REF} -k constant_labels"),
+    ("the ViT gets the student's weak term", "steps.py", 'cfg.lambda_c if learner == "student" else 0.0', "cfg.lambda_c",
+     LOSSES),
+    ("EMA of the student alone", "steps.py", "ema = equations.ema_update(state.ema, params, state.step // every, alpha)",
+     'ema = {**state.ema, "student": equations.ema_update(\n'
+     '        state.ema["student"], params["student"], state.step // every, alpha)}', f"{STEP} -k phi_is_their_average"),
+    ("EMA of the weights before the update", "steps.py", "equations.ema_update(state.ema, params,",
+     "equations.ema_update(state.ema, state.params,", f"{STEP} -k phi_is_their_average"),
+    ("one gradient clip for both networks", "steps.py",
+     "return optax.partition(dict.fromkeys(names, adamw), {name: name for name in names})", "return adamw",
+     f"{STEP} -k clipped"),
+    ("biases decay too", "steps.py", 'path[-1].key == "kernel"', 'path[-1].key != ""', f"{STEP} -k decay"),
+    ("the plateau's scale is unused", "steps.py", "lambda u: u * state.plateau.scale", "lambda u: u",
+     f"{STEP} -k plateau_scale"),
+    ("the same randomness in every step", "steps.py", 'jax.random.fold_in(named(key, "train"), state.step)',
+     'named(key, "train")', f"{STEP} -k step_number"),
+    # networks
+    ("the segmentation head gets no gradient", "student.py", "logits = [self.out(x)]", "logits = [0 * self.out(x)]",
+     "tests/networks_test.py -k every_parameter"),
+    ("the autoencoder sees what is hidden", "teacher.py", "order = jnp.argsort(hidden, axis=1, stable=True)",
+     "order = jnp.argsort(-hidden, axis=1, stable=True)", "tests/networks_test.py -k hidden_pixels"),
+    ("tokens do not return to their place", "teacher.py", "place = jnp.argsort(order, axis=1)", "place = order",
+     "tests/networks_test.py -k returns_to_its_place"),
+    ("window mask not shifted", "layers.py", "mask = window_mask(h, w, wh, ww, shift)",
+     "mask = window_mask(h, w, wh, ww, (0, 0))", "tests/layers_test.py -k reaches"),
+    ("windows not shifted back", "layers.py", "return jnp.roll(y, shift, (1, 2))[:, :h, :w]", "return y[:, :h, :w]",
+     "tests/layers_test.py -k reaches"),
+    ("relative bias transposed", "layers.py", "return d_row * (2 * window - 1) + d_col",
+     "return d_col * (2 * window - 1) + d_row", "tests/layers_test.py -k bias_points"),
+    ("transposed convolution with its taps swapped", "layers.py", "jnp.concatenate([k[2:3], k[0:1]])",
+     "jnp.concatenate([k[0:1], k[2:3]])", "tests/layers_test.py -k definition"),
+    ("GroupNorm without its mean", "layers.py", "self.bias[None] - mean * gain", "self.bias[None] - 0 * mean * gain",
+     "tests/layers_test.py -k group_norm"),
+    # augmentation, data, randomness
+    ("views of two geometries", "augment.py", 'strong_view(named(k, f"strong/{i}"), image)',
+     'strong_view(named(k, f"strong/{i}"), geometric(named(k, "other"), image, mask, cfg.geometry)[0])',
+     "tests/augment_test.py -k share_their_geometry"),
+    ("the mask does not move with its image", "augment.py", "return moved[..., :3], moved[..., 3]",
+     "return moved[..., :3], mask", "tests/augment_test.py -k move_together"),
+    ("CutMix moves images only", "augment.py", "jnp.where(box if x.ndim == 3 else box[..., None], partner, x)",
+     "x if x.ndim == 3 else jnp.where(box[..., None], partner, x)", "tests/augment_test.py -k swaps_one_box"),
+    ("CutOut is not reported", "augment.py", "0.5, strong), 1 - cut", "0.5, strong), jnp.ones_like(cut)",
+     "tests/augment_test.py -k notcut"),
+    ("saturation instead of contrast", "augment.py", "blend(image, luma(image).mean(), 1 + 0.5 * m)",
+     "blend(image, luma(image), 1 + 0.5 * m)", "tests/augment_test.py -k pillow"),
+    ("one order for labelled and unlabelled", "data.py", 'f"{seed}/{stream}"', 'f"{seed}"',
+     "tests/data_test.py -k pure_function"),
+    ("purposes share their random numbers", "rng.py", "jax.random.fold_in(key, zlib.crc32(name.encode()))", "key",
+     "tests/augment_test.py -k differ_in_colour_and_box"),
+    ("a missed lesion counts as precision 1", "metrics.py", "(fp + fn == 0).astype(float)", "1.0",
+     "tests/metrics_test.py"),
+)]
+
+
+def changed(mutant: Mutant) -> str:
+    """The whole file with its fault; raises ValueError where the text is not there once or the program stays the same."""
+    text = (ROOT / "mira_u_jax" / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} holds {text.count(mutant.old)} times {mutant.old!r}")
+    fault = text.replace(mutant.old, mutant.new)
+    if ast.dump(ast.parse(fault)) == ast.dump(ast.parse(text)):
+        raise ValueError(f"{mutant.name}: changes nothing")
+    return fault
+
+
+def pytest(folder: pathlib.Path, cache: pathlib.Path, tests: str) -> tuple[int, str]:
+    """Exit status and last lines of pytest in a copy; compiled programs that a fault does not touch are shared."""
+    environment = os.environ | {
+        "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider", *shlex.split(tests)]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stdout[-1500:] + result.stderr[-500:]
+
+
+def copy_to(folder: pathlib.Path):
+    for name in ("mira_u_jax", "configs", "tfds_builders", "tests", "docs", "benchmarks", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+
+
+def main(words: list[str]) -> int:
+    mutants = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    try:
+        faults = {m: changed(m) for m in mutants}
+    except (ValueError, SyntaxError) as error:
+        print(f"error: {error}")
+        return 1
+    workers = max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 1)
+    with tempfile.TemporaryDirectory() as top:
+        cache, folders = pathlib.Path(top) / "cache", queue.SimpleQueue()
+        for i in range(workers):
+            folder = pathlib.Path(top) / f"copy{i}"
+            copy_to(folder)
+            folders.put(folder)
+
+        def run(tests: str, file: str = "__init__.py", fault: str = ""):
+            folder, started = folders.get(), time.perf_counter()
+            path = folder / "mira_u_jax" / file
+            before = path.read_text()
+            path.write_text(fault or before)
+            try:
+                return *pytest(folder, cache, tests), time.perf_counter() - started
+            finally:
+                path.write_text(before)
+                folders.put(folder)
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            selections = list(dict.fromkeys(m.tests for m in mutants))
+            for tests, (status, output, _) in zip(selections, pool.map(run, selections), strict=True):
+                if status:
+                    print(f"error: without any fault, pytest {tests} ends with {status}\n{output}")
+                    return 2
+            print(f"{len(selections)} selections of tests pass without a fault", flush=True)
+            caught = 0
+            jobs = {m: pool.submit(run, m.tests, m.file, faults[m]) for m in mutants}
+            for m, job in jobs.items():
+                status, output, seconds = job.result()
+                caught += status == 1
+                verdict = {0: "SURVIVED", 1: "caught"}.get(status, f"NOT COUNTED, pytest ended with {status}\n{output}")
+                print(f"{verdict:<8} {m.file:<13} {m.name} ({seconds:.0f} s)", flush=True)
+    print(f"caught {caught} / {len(mutants)}")
+    return int(caught < len(mutants))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
