@@ -160,13 +160,13 @@ def random_box(key, h: int, w: int, low: float, high: float):
     return ((y > top) & (y < top + height) & (x > left) & (x < left + width)).astype(jnp.float32)
 
 
-def cutmix(key, probability: float, *trees):
+def cutmix(key, probability: float, tree):
     """CutMix (Yun et al. 2019) within pairs: the partner of 2i is 2i + 1, so that it stays on its device.
 
-    trees: of arrays (b, h, w) or (b, h, w, c), b even. Every array gets the SAME boxes; both partners get the same box.
-    A pair is mixed with `probability`; the box covers 10 to 50% of the frame. Returns the mixed trees, a tuple.
+    tree: of arrays (b, h, w) or (b, h, w, c), b even. Every array gets the SAME boxes; both partners get the same box.
+    A pair is mixed with `probability`; the box covers 10 to 50% of the frame. Returns the mixed tree.
     """
-    b, h, w = jax.tree.leaves(trees)[0].shape[:3]
+    b, h, w = jax.tree.leaves(tree)[0].shape[:3]
     keys = per_example(key, b // 2)
     box = jax.vmap(lambda k: random_box(named(k, "box"), h, w, 0.1, 0.5))(keys)
     use = jax.vmap(lambda k: jax.random.bernoulli(named(k, "use"), probability))(keys)
@@ -176,7 +176,7 @@ def cutmix(key, probability: float, *trees):
         partner = rearrange(jnp.flip(rearrange(x, "(p two) ... -> p two ...", two=2), 1), "p two ... -> (p two) ...")
         return jnp.where(box if x.ndim == 3 else box[..., None], partner, x)
 
-    return jax.tree.map(mix, trees)
+    return jax.tree.map(mix, tree)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,16 @@ class TrainState:
     plateau: optax.contrib.ReduceLROnPlateauState
 
 
+@struct.dataclass
+class View:
+    """Unlabelled images as a learner sees them, (b, h, w, 3), and all that belongs to their pixels, (b, h, w) each."""
+
+    image: jax.Array
+    notcut: jax.Array  # 0 where CutOut erased the image
+    p_w: jax.Array  # the student's own prediction on the weak view, no gradient
+    labels: dict[str, pseudo.PseudoLabel]  # by learner
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """network(params, *inputs, key=None): the module as a pure function; a key turns dropout on.
@@ -194,34 +204,35 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
         )
         p_w = jax.lax.stop_gradient(jax.nn.sigmoid(learners["student"](state.params["student"], x_w)))
         metrics |= pseudo.report(labels["student"], p_w, truth, filtered=config.pseudo.filter != "none")
-        weak = x_w, jnp.ones_like(p_w), p_w, labels
+        weak = View(x_w, jnp.ones_like(p_w), p_w, labels)
         # 4. CutMix moves everything that belongs to a pixel; each strong view has boxes of its own.
         mixed = [
-            augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w, labels)
+            augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, View(image, notcut, p_w, labels))
             for i, (image, notcut) in enumerate(strong)
         ]
         strong = jax.tree.map(lambda *views: jnp.concatenate(views), *mixed)
-        x = jnp.concatenate([x, strong[0]])  # one forward pass for the labelled and the strong batch
+        x = jnp.concatenate([x, strong.image])  # one forward pass for the labelled and the strong batch
 
     def loss_fn(params):
         # 5. The losses; dropout is on in every trained pass.
         loss, parts = 0.0, {}
         for name, network in learners.items():
-            student = name == "student"
             z = network.heads(params[name], x, key=named(key, name))
             z, z_s = z[:, : y.shape[0]], z[:, y.shape[0] :]
-            sup = over_heads(equations.supervised_loss, z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce)
-            unsup = ent = 0.0
+            part = {"sup": over_heads(
+                equations.supervised_loss, z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce
+            )}
             if semi:
-                unsup = unsupervised(z_s, strong, name, cfg)
-                ent = over_heads(equations.entropy_loss, z_s, strong[1]) if student else 0.0
-            if semi and student and cfg.feature:
-                z_w = network.heads(params[name], x_w, key=named(key, "feature"), perturb=0.5)
-                unsup = (1 - cfg.feature) * unsup + cfg.feature * unsupervised(z_w, weak, name, cfg)
-            loss += equations.total_loss(sup, unsup, ent, beta, cfg.gamma * beta)
-            found = {"sup": sup} | ({"unsup": unsup} if semi else {}) | ({"ent": ent} if semi and student else {})
-            parts |= {f"loss_{part}" if student else f"loss_{name}_{part}": value for part, value in found.items()}
-        for name in networks.keys() - learners.keys():  # Algorithm 1: L_MIM in the same loop
+                part["unsup"] = unsupervised(z_s, strong, name, cfg)
+            if semi and name == "student":
+                part["ent"] = over_heads(equations.entropy_loss, z_s, strong.notcut)
+                if cfg.feature:
+                    z_w = network.heads(params[name], x_w, key=named(key, "feature"), perturb=0.5)
+                    part["unsup"] *= 1 - cfg.feature
+                    part["unsup"] += cfg.feature * unsupervised(z_w, weak, name, cfg)
+            loss += equations.total_loss(part["sup"], part.get("unsup", 0.0), part.get("ent", 0.0), beta, cfg.gamma * beta)
+            parts |= {f"loss_{k}" if name == "student" else f"loss_{name}_{k}": v for k, v in part.items()}
+        for name in [name for name in networks if name not in learners]:  # Algorithm 1: L_MIM in the same loop
             encoder = {"encoder": params[name.removesuffix("_mim")]["encoder"]}
             parts[f"loss_{name}"] = mim(networks[name], params[name] | encoder, x_w, named(key, name), config)
             loss += config.mim.joint_weight * parts[f"loss_{name}"]
@@ -242,13 +253,12 @@ def eval_step(params, image, *, network: Network):
 # --- their parts ----------------------------------------------------------------------------------------------------
 
 
-def unsupervised(z, view, learner: str, cfg):
-    """Eq. (8) of one learner's logits (k, b, h, w) on a view (image, notcut, p_w, labels); the ViT has no weak term."""
-    _, notcut, p_w, labels = view
-    label = labels[learner]
+def unsupervised(z, view: View, learner: str, cfg):
+    """Eq. (8) of one learner's logits (k, b, h, w) on a view; the ViT has no weak term. Scalar."""
+    label = view.labels[learner]
     return over_heads(
-        equations.unsupervised_loss, z, label.target, p_w, label.w * label.keep * notcut, lambda_u=cfg.lambda_u,
-        lambda_c=cfg.lambda_c if learner == "student" else 0.0, distance=cfg.distance, norm=cfg.norm,
+        equations.unsupervised_loss, z, label.target, view.p_w, label.w * label.keep * view.notcut,
+        lambda_u=cfg.lambda_u, lambda_c=cfg.lambda_c if learner == "student" else 0.0, distance=cfg.distance, norm=cfg.norm,
     )
 
 

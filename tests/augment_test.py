@@ -179,7 +179,7 @@ def test_random_boxes():
 
 @functools.partial(jax.jit, static_argnums=1)
 def mixed(key, probability, *arrays):
-    return augment.cutmix(key, probability, *arrays)
+    return augment.cutmix(key, probability, arrays)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_cutmix_probability_and_key(arrays):
         np.testing.assert_array_equal(before, after)
     first, again, other = (mixed(jax.random.key(k), 1.0, *arrays)[1] for k in (0, 0, 1))
     assert (first == again).all() and (first != other).any()
-    each = jax.vmap(lambda k: augment.cutmix(k, 0.25, arrays[1])[0])(jax.random.split(jax.random.key(2), 200))
+    each = jax.vmap(lambda k: augment.cutmix(k, 0.25, arrays[1]))(jax.random.split(jax.random.key(2), 200))
     used = (np.asarray(each) != arrays[1]).any((2, 3))
     assert 0.18 < used.mean() < 0.33
     np.testing.assert_array_equal(used[:, 0], used[:, 1])

@@ -1,10 +1,14 @@
-"""The order of examples, pairs from a folder, and the label split of a small data set."""
+"""The order of examples, pairs from a folder, the label split of a small data set, and what a run reads of it."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from mira_u_jax import data
+from mira_u_jax import data, train
 from mira_u_jax.errors import UserError
 from tfds_builders import common
 from tfds_builders.common import DataError
@@ -144,6 +148,56 @@ def test_split_of_the_synthetic_set(tiny_config, synthetic_data_dir):
     assert not held & {image.tobytes() for image in pool.image}
     test = list(data.evaluation_set("synthetic", config, split="test", data_dir=synthetic_data_dir))
     assert len(test) == 100
-    assert not {e.image.tobytes() for e in test} & {image.tobytes() for image in whole.image}
+    tested = {e.image.tobytes() for e in test}
+    assert len(tested) == 100 and len(held) == len(dev)  # no two are alike, so bytes do tell them apart
+    assert not tested & {image.tobytes() for image in whole.image}
+    assert not tested & (held | {image.tobytes() for image in pool.image})
+    assert held | {image.tobytes() for image in pool.image} == {image.tobytes() for image in whole.image}
     with pytest.raises(UserError, match="frac"):
         data.training_set(make(frac=0.0001))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "arg"), [("test", ""), ("dev", "method=mean_teacher")])
+def test_test_images_never_enter_training_or_pretraining(
+    tiny_config, synthetic_data_dir, tmp_path, monkeypatch, split, arg
+):
+    """The whole loop, both stages, with a test part that cannot be read; then the images it had, byte by byte.
+
+    What lies on the device is all that a step can index: with split=dev it holds no image of the development part either.
+    """
+    names = dict(dataset="synthetic_lesions", test="synthetic_lesions", data_dir=synthetic_data_dir, split=split)
+    config = tiny_config(arg, **names, **{"mim.steps": 4})
+    runs = []
+
+    class Watched(train.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(self)
+
+    def read(builder, split=None, **options):
+        assert split == "train", f"split={split!r} was read"
+        return as_data_source(builder, split=split, **options)
+
+    def forbidden(*_, **__):
+        raise AssertionError("read by another route")
+
+    as_data_source = tfds.core.DatasetBuilder.as_data_source
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Run", Watched)
+        patch.setattr(train.figures, "training_figure", lambda *_, **__: None)  # its program takes long to compile
+        patch.setattr(tfds.core.DatasetBuilder, "as_data_source", read)
+        patch.setattr(tfds.core.DatasetBuilder, "as_dataset", forbidden)
+        with pytest.raises(AssertionError, match="'test' was read"):  # so the trap does spring
+            list(data.evaluation_set("synthetic", config, split="test", data_dir=synthetic_data_dir))
+        state = train.run(config, tmp_path / "run")
+    done = [(r["split"], r["step"]) for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())]
+    assert ("pretrain", config.mim.steps) in done
+    assert done[-1] == ("train", int(state.step)) == ("train", config.train.steps)
+
+    (run,) = runs
+    held = [e for part in ("test", "dev")[: 1 + (split == "dev")]
+            for e in data.evaluation_set("synthetic", config, split=part, data_dir=synthetic_data_dir)]
+    resident = jax.device_get(run.resident)
+    assert len(resident["image"]) == len(resident["mask"]) == len(run.dataset.unlabelled) == 500 - len(held)
+    assert not {e.image.tobytes() for e in held} & {image.tobytes() for image in resident["image"]}

@@ -22,6 +22,10 @@ def bce(z, t):
     return t * np.logaddexp(0, -z) + (1 - t) * np.logaddexp(0, z)
 
 
+def entropy(p):
+    return -np.sum([q * np.log(np.where(q > 0, q, 1)) for q in (p, 1 - p)], axis=0)  # 0 ln 0 = 0
+
+
 def close(found, wanted, rtol=2e-6, atol=2e-6):
     assert jnp.asarray(found).dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol, atol)
@@ -65,9 +69,7 @@ def test_cross_entropy_gradient_is_p_minus_target():
 
 def test_entropy_loss_is_the_mean_entropy_of_the_pixels_left():
     notcut = (RNG.uniform(size=Z.shape) > 0.3).astype(float)
-    p = sigmoid(Z)
-    entropy = -p * np.log(p) - (1 - p) * np.log(1 - p)
-    close(equations.entropy_loss(Z, notcut), entropy[notcut == 1].mean())
+    close(equations.entropy_loss(Z, notcut), entropy(sigmoid(Z))[notcut == 1].mean())
 
 
 def test_entropy_loss_limits():
@@ -106,6 +108,19 @@ def test_two_opposite_passes_have_the_largest_deviation():
     close(sigma, [np.sqrt(0.5)])
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7])
+@pytest.mark.parametrize("m", [1, 2, 3, 8])
+def test_passes_that_agree_are_certain_and_kept(value, m):
+    """sigma = 0, up to the rounding of a mean: w = 1 and keep = 1 under any filter on sigma. mu 0 and 1 stay 0 and 1."""
+    mu, sigma = equations.mean_and_deviation(np.full((m, 4), value))
+    close(mu, np.full(4, value), atol=1e-7)
+    close(sigma, np.zeros(4), atol=1e-7)
+    close(equations.confidence(sigma, 0.1), np.ones(4))
+    close(equations.keep_certain(sigma, 1e-3), np.ones(4), atol=0)
+    if value in (0, 1):
+        assert (np.asarray(mu) == value).all() and not np.asarray(sigma).any()
+
+
 def test_confidence():
     sigma = RNG.uniform(0, 0.7, (4, 4))
     close(equations.confidence(sigma, 0.1), np.exp(-sigma / 0.1))
@@ -114,6 +129,24 @@ def test_confidence():
 
 def test_keep_certain_is_a_strict_threshold():
     close(equations.keep_certain(np.array([0, 0.25, 0.5, 0.75]), 0.5), [1, 1, 0, 0], atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_keep_low_entropy_is_the_threshold_of_ua_mt(share):
+    mu = np.linspace(0, 1, 401)
+    threshold = (0.75 + 0.25 * np.exp(-5 * (1 - share) ** 2)) * np.log(2)
+    close(equations.keep_low_entropy(mu, share), entropy(mu) < threshold, atol=0)
+    close(equations.keep_low_entropy(mu, jnp.asarray(share)), entropy(mu) < threshold, atol=0)  # traced, as in the step
+
+
+def test_keep_low_entropy_limits():
+    """Entropy is 0 and not NaN at mu 0 and 1, also where a mean of ones has been rounded up; mu = 1/2 is never kept."""
+    sure = np.array([0, 1, np.nextafter(np.float32(1), np.float32(2)), 1e-30], np.float32)
+    for share in (0.0, 1.0):
+        close(equations.keep_low_entropy(sure, share), np.ones(4), atol=0)
+        close(equations.keep_low_entropy(np.array([0.5]), share), [0], atol=0)
+    close(equations.keep_low_entropy(np.array([0.7]), 0.0), [0], atol=0)  # entropy .88 ln 2: the filter opens with time
+    close(equations.keep_low_entropy(np.array([0.7]), 1.0), [1], atol=0)
 
 
 # --- Eq. (6) ----------------------------------------------------------------------------------------------------------
@@ -129,9 +162,19 @@ def test_ema_update_equals_the_formula_on_every_leaf(step, alpha):
     jax.tree.map(close, found, wanted)
 
 
-def test_ema_update_of_another_tree_raises():
+@pytest.mark.parametrize("theta", [{"a": 1, "b": 1}, {"b": 1}, {}, {"a": {"c": 1}}, {"a": [1]}], ids=str)
+def test_ema_update_of_another_tree_raises(theta):
+    theta = jax.tree.map(lambda _: jnp.ones(2), theta)
+    for phi, other in (({"a": jnp.ones(2)}, theta), (theta, {"a": jnp.ones(2)})):
+        with pytest.raises((ValueError, TypeError)):
+            equations.ema_update(phi, other, 3, 0.99)
+
+
+@pytest.mark.xfail(strict=True, reason="optax broadcasts: (1,) against (3,) gives (3,), and nothing is said")
+@pytest.mark.parametrize(("phi", "theta"), [((3,), (1,)), ((1,), (3,)), ((), (3,)), ((2, 3), (2, 1))])
+def test_ema_update_of_leaves_of_another_shape_raises(phi, theta):
     with pytest.raises(ValueError):
-        equations.ema_update({"a": jnp.ones(2)}, {"a": jnp.ones(2), "b": jnp.ones(2)}, 3, 0.99)
+        equations.ema_update({"a": jnp.ones(phi)}, {"a": jnp.ones(theta)}, 3, 0.99)
 
 
 # --- Eq. (7) ----------------------------------------------------------------------------------------------------------
@@ -170,11 +213,26 @@ def test_dice_is_averaged_over_images_and_not_pooled():
 # --- Eq. (8), (9), ramp -----------------------------------------------------------------------------------------------
 
 
+def unsupervised(z, mu, p_weak, a, lambda_u=1.0, lambda_c=0.1, distance="cross_entropy", norm="weights"):
+    error = lambda_u * (bce(z, mu) if distance == "cross_entropy" else (sigmoid(z) - mu) ** 2)
+    error = error + lambda_c * (sigmoid(z) - p_weak) ** 2
+    return (a * error).sum() / (max(a.sum(), 1) if norm == "weights" else z.size)
+
+
 @pytest.mark.parametrize("norm", ["weights", "pixels"])
-def test_unsupervised_loss(norm):
-    error = 0.7 * bce(Z, MU) + 0.3 * (sigmoid(Z) - P_WEAK) ** 2
-    wanted = (A * error).sum() / (A.sum() if norm == "weights" else Z.size)
-    close(equations.unsupervised_loss(Z, MU, P_WEAK, A, lambda_u=0.7, lambda_c=0.3, norm=norm), wanted)
+@pytest.mark.parametrize("distance", ["cross_entropy", "squared"])
+@pytest.mark.parametrize("lambdas", [(0.7, 0.3), (1.0, 0.0), (0.0, 1.0)])
+def test_unsupervised_loss(norm, distance, lambdas):
+    settings = dict(lambda_u=lambdas[0], lambda_c=lambdas[1], distance=distance, norm=norm)
+    close(equations.unsupervised_loss(Z, MU, P_WEAK, A, **settings), unsupervised(Z, MU, P_WEAK, A, **settings))
+
+
+def test_squared_distance_of_the_surest_mistake_is_one():
+    ones = np.ones((1, 4, 4))
+    settings = dict(distance="squared", lambda_c=0.0)
+    close(equations.unsupervised_loss(-1e4 * ones, ones, ones, ones, **settings), 1)
+    close(equations.unsupervised_loss(1e4 * ones, ones, ones, ones, **settings), 0, atol=0)
+    close(equations.unsupervised_loss(Z, sigmoid(Z), P_WEAK, A, **settings), 0)
 
 
 def test_unsupervised_loss_defaults_to_lambda_1_and_a_tenth():
@@ -211,19 +269,52 @@ def test_ramp_up(share):
     close(equations.ramp_up(jnp.asarray(int(share * 400), jnp.int32), 400), wanted)
 
 
+@pytest.mark.parametrize("step", [0, 1, 500])
+@pytest.mark.parametrize("length", [0, 0.0])
+def test_ramp_up_of_length_0_is_1_from_the_start(step, length):
+    close(equations.ramp_up(jnp.asarray(step, jnp.int32), length), 1, atol=0)
+
+
+@pytest.mark.parametrize("length", [0, 0.4, 100])
+def test_ramp_up_is_0_before_its_start(length):
+    """The step is t - wait: labels alone until then, whatever the length."""
+    close(equations.ramp_up(jnp.asarray([-1, -1000], jnp.int32), length), [0, 0], atol=0)
+    close(equations.ramp_up(jnp.asarray(-0.5), length), 0, atol=0)
+
+
+def test_ramp_up_rises_inside_and_then_stays():
+    found = np.asarray(equations.ramp_up(jnp.arange(0, 61), 40.0))
+    close(found[[0, 10, 20, 40, 60]], np.exp(-5 * np.array([1, 0.75, 0.5, 0, 0]) ** 2))
+    assert (np.diff(found[:41]) > 0).all() and (found[40:] == 1).all()
+
+
 def test_total_loss():
     assert equations.total_loss(1.0, 2.0, 3.0, beta=0.5, gamma=0.01) == pytest.approx(1 + 0.5 * 2 + 0.01 * 3)
 
 
-def test_half_precision_inputs_are_computed_in_float32():
-    """Each value is that of the rounded inputs in float32: sums over pixels must not be taken in bfloat16."""
-    z, y, mu, p_weak, a = (jnp.asarray(v, jnp.bfloat16) for v in (Z, Y, MU, P_WEAK, A))
-    exact = [np.asarray(v, np.float64) for v in (z, y, mu, p_weak, a)]
-    close(equations.supervised_loss(z, y), supervised(exact[0], exact[1]))
-    error = bce(exact[0], exact[2]) + 0.1 * (sigmoid(exact[0]) - exact[3]) ** 2
-    close(equations.unsupervised_loss(z, mu, p_weak, a), (exact[4] * error).sum() / exact[4].sum())
-    close(equations.cross_entropy(z, mu), bce(exact[0], exact[2]))
-    assert equations.entropy_loss(z, a).dtype == jnp.float32
-    close(equations.mean_and_deviation(mu)[1], exact[2].std(0, ddof=1))
-    close(equations.confidence(a, 0.1), np.exp(-exact[4] / 0.1))
-    assert equations.mim_loss(z, mu, jnp.ones(z.shape[:2])).dtype == jnp.float32
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+M = RNG.uniform(size=(5, 3, 5, 7))
+HIDDEN = (RNG.uniform(size=(3, 5)) > 0.5).astype(float)
+LOW_ENTROPY = (0.75 + 0.25 * np.exp(-5)) * np.log(2)
+# name -> (arguments, ours, formula); 0, 1 and 0 or 1 weights are exact in bfloat16
+HALF = {
+    "mim_loss": ((MU, P_WEAK, HIDDEN), equations.mim_loss, lambda x, y, hidden: np.abs(x - y)[hidden == 1].mean()),
+    "cross_entropy": ((Z, MU), equations.cross_entropy, bce),
+    "entropy_loss": ((Z, A), equations.entropy_loss, lambda z, a: (a * entropy(sigmoid(z))).sum() / a.sum()),
+    "mean": ((M,), lambda p: equations.mean_and_deviation(p)[0], lambda p: p.mean(0)),
+    "deviation": ((M,), lambda p: equations.mean_and_deviation(p)[1], lambda p: p.std(0, ddof=1)),
+    "confidence": ((A,), lambda s: equations.confidence(s, 0.1), lambda s: np.exp(-s / 0.1)),
+    "keep_certain": ((A,), lambda s: equations.keep_certain(s, 0.501), lambda s: s < 0.501),
+    "keep_low_entropy": ((MU,), lambda mu: equations.keep_low_entropy(mu, 0.0), lambda mu: entropy(mu) < LOW_ENTROPY),
+    "supervised_loss": ((Z, Y), equations.supervised_loss, supervised),
+    "unsupervised_loss": ((Z, MU, P_WEAK, A), equations.unsupervised_loss, unsupervised),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_inputs_are_computed_in_float32(name):
+    """Each value is that of the rounded inputs in float32: nothing, sums over pixels least, is taken in bfloat16."""
+    inputs, ours, formula = HALF[name]
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
+    close(ours(*rounded), formula(*(np.asarray(x, np.float64) for x in rounded)))

@@ -86,23 +86,21 @@ MUTANTS = [Mutant(*fields) for fields in (
     ("a hard label below the threshold", "pseudo.py", "jnp.maximum(mu, 1 - mu) > cfg.tau_p",
      "jnp.maximum(mu, 1 - mu) < cfg.tau_p", "tests/pseudo_test.py -k filter"),
     # the step
-    ("an unlabelled mask leaks", "steps.py", "weak = x_w, jnp.ones_like(p_w), p_w, labels",
-     "weak = x_w, jnp.ones_like(p_w), p_w, labels\n"
+    ("an unlabelled mask leaks", "steps.py", "weak = View(x_w, jnp.ones_like(p_w), p_w, labels)",
+     "weak = View(x_w, jnp.ones_like(p_w), p_w, labels)\n"
      "        labels = {n: label.replace(target=truth) for n, label in labels.items()}",
      f"{STEP} -k masks_of_unlabelled"),
-    ("w unused in the step", "steps.py", "label.w * label.keep * notcut", "label.keep * notcut", LOSSES),
-    ("keep unused in the step", "steps.py", "label.w * label.keep * notcut", "label.w * notcut", LOSSES),
-    ("what CutOut erased is taught", "steps.py", "label.w * label.keep * notcut", "label.w * label.keep", LOSSES),
-    ("p_w stays where CutMix moved the image", "steps.py",
-     'augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w, labels)',
-     '(*augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut), p_w,\n'
-     '             *augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, labels))', LOSSES),
-    ("the labels stay where CutMix moved the image", "steps.py",
-     'augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w, labels)',
-     '(*augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, image, notcut, p_w), labels)', LOSSES),
-    ("p_w carries a gradient", "steps.py", "unsup = unsupervised(z_s, strong, name, cfg)", "q = jax.nn.sigmoid(z_s[0])\n"
-     "                unsup = unsupervised(z_s, (*strong[:2], strong[2] + q - jax.lax.stop_gradient(q), "
-     "strong[3]), name, cfg)", f"{REF} -k constant_labels"),
+    ("w unused in the step", "steps.py", "label.w * label.keep * view.notcut", "label.keep * view.notcut", LOSSES),
+    ("keep unused in the step", "steps.py", "label.w * label.keep * view.notcut", "label.w * view.notcut", LOSSES),
+    ("what CutOut erased is taught", "steps.py", "label.w * label.keep * view.notcut", "label.w * label.keep", LOSSES),
+    ("p_w stays where CutMix moved the image", "steps.py", "View(image, notcut, p_w, labels))",
+     "View(image, notcut, p_w, labels)).replace(p_w=p_w)", LOSSES),
+    ("the labels stay where CutMix moved the image", "steps.py", "View(image, notcut, p_w, labels))",
+     "View(image, notcut, p_w, labels)).replace(labels=labels)", LOSSES),
+    ("p_w carries a gradient", "steps.py", 'part["unsup"] = unsupervised(z_s, strong, name, cfg)',
+     "q = jax.nn.sigmoid(z_s[0])\n"
+     "                leak = strong.replace(p_w=strong.p_w + q - jax.lax.stop_gradient(q))\n"
+     '                part["unsup"] = unsupervised(z_s, leak, name, cfg)', f"{REF} -k constant_labels"),
     ("the ViT gets the student's weak term", "steps.py", 'cfg.lambda_c if learner == "student" else 0.0', "cfg.lambda_c",
      LOSSES),
     ("EMA of the student alone", "steps.py", "ema = equations.ema_update(state.ema, params, state.step // every, alpha)",

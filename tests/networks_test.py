@@ -1,4 +1,7 @@
-"""Student, teacher and their masked autoencoders: shapes, what hidden pixels may reach, no dead parameter, sizes."""
+"""Student, teacher and their masked autoencoders: shapes, what hidden pixels may reach, no dead parameter, sizes, work."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,8 @@ from flax import nnx
 
 from configs import isic
 from mira_u_jax import config as configuration
-from mira_u_jax import equations, steps, teacher
+from mira_u_jax import equations, pseudo, steps, teacher
+from mira_u_jax.student import Student
 
 RNG = np.random.default_rng(0)
 
@@ -46,6 +50,96 @@ def test_every_parameter_gets_a_gradient(networks, reached_bias_rows):
         assert grad.max() > 1e-6, name
         leaves += 1
     assert leaves == len(jax.tree.leaves(params)) > 60
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arg", "name", "k"), [("", "student", 1), ("", "vit", 1), ("method=udamt", "student", 2)])
+def test_heads_have_an_axis_of_their_own(tiny_config, arg, name, k):
+    config = tiny_config(arg)
+    network, params = steps.make_networks((name,), "train", config)[name], steps.abstract_params(config)[name]
+    out = jax.eval_shape(network.heads, params, jax.ShapeDtypeStruct((3, 64, 32, 3), jnp.float32))
+    assert (out.shape, out.dtype) == ((k, 3, 64, 32), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def two_heads():
+    """(graphdef, params) of a student of three convolution stages, without dropout, with an auxiliary head."""
+    make = lambda: Student(  # noqa: E731
+        widths=(8, 16, 24), stages=("conv",) * 3, skips=("gate",) * 2, window=4, head_width=8, mlp_ratio=2, dropout=0.0,
+        heads=2, rngs=nnx.Rngs(0),
+    )
+    graphdef, shapes = nnx.split(nnx.eval_shape(make))
+
+    def draw(path, leaf):
+        noise = RNG.normal(size=leaf.shape).astype(np.float32)
+        return {"kernel": noise / math.prod(leaf.shape[:-1]) ** 0.5, "scale": 1 + 0.1 * noise, "bias": noise}[path[-1].key]
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(shapes))
+
+
+def test_the_first_head_predicts_and_every_head_learns(two_heads):
+    network, params = steps.Network(two_heads[0]), two_heads[1]
+    image = RNG.uniform(size=(2, 16, 24, 3)).astype(np.float32)
+    mask = (RNG.uniform(size=(2, 16, 24)) > 0.5).astype(np.float32)
+
+    @jax.jit
+    def everything(params):
+        def losses(params):  # one a head
+            heads = network.heads(params, image)
+            return jax.vmap(lambda z: equations.supervised_loss(z, mask))(heads), heads
+
+        found, pull, heads = jax.vjp(losses, params, has_aux=True)
+        return found, heads, network(params, image), jax.vmap(pull)(jnp.eye(2))[0]
+
+    losses, heads, logits, grads = jax.device_get(everything(params))
+    np.testing.assert_allclose(heads[0], logits, atol=1e-5)
+    assert np.abs(heads[1] - heads[0]).mean() > 1e-2  # the second head is another one
+    mean = steps.over_heads(equations.supervised_loss, heads, mask)
+    assert float(mean) == pytest.approx(losses.mean(), rel=1e-5)
+    for path, (first, second) in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        auxiliary, shared = name.startswith("['auxiliary']"), name.startswith("['encoder']")
+        assert (np.abs(first).max() > 1e-6) == (not auxiliary), name  # a prediction does not read the second head
+        assert (np.abs(second).max() > 1e-6) or not (auxiliary or shared), name
+
+
+class Spy:
+    """Stands where a part of the network is, and keeps the last thing that is handed to it."""
+
+    def __call__(self, *inputs, **_):
+        self.seen = inputs[-1]
+        return inputs[0]
+
+
+def test_perturbation_drops_whole_channels_of_every_feature(two_heads):
+    """What reaches the skips and the bottleneck, finest first: each channel of an image twice or not at all."""
+    features = [RNG.normal(size=shape).astype(np.float32) for shape in ((3, 16, 24, 8), (3, 8, 12, 16), (3, 4, 6, 24))]
+
+    @jax.jit
+    def seen(key):
+        def through(key, **options):
+            student = nnx.merge(two_heads[0], two_heads[1])
+            student.encoder, student.skip, student.bottleneck = lambda *_, **__: features, [Spy(), Spy()], Spy()
+            student.heads(jnp.zeros((3, 16, 24, 3)), rngs=steps.dropout_of(key), **options)
+            return [spy.seen for spy in (*student.skip, student.bottleneck)]
+
+        off = [through(key, perturb=0.0), through(key), through(None, perturb=0.5)]  # 0, by default, and without a key
+        return through(key, perturb=0.5), off
+
+    perturbed, off = jax.device_get(seen(jax.random.key(0)))
+    dropped = []
+    for x, y in zip(features, perturbed, strict=True):
+        gone = (y == 0).all((1, 2))  # b c
+        np.testing.assert_allclose(y, np.where(gone[:, None, None], 0, 2 * x), rtol=1e-6)
+        assert (gone != gone[:1]).any()  # each image loses its own
+        dropped.append(gone)
+    assert 0.3 < np.concatenate(dropped, 1).mean() < 0.7
+    assert (dropped[1][:, :8] != dropped[0]).any() and (dropped[2][:, :8] != dropped[0]).any()  # and so does each stride
+    for found in off:
+        for x, y in zip(features, found, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 # --- masked image modelling -------------------------------------------------------------------------------------------
@@ -133,3 +227,72 @@ def test_parameter_counts_of_the_full_preset():
     # By hand from section 3.1.1, 4 layers of width 256 and hidden 512: attention, MLP, two norms; then embedding and norm.
     block = 4 * (256 * 256 + 256) + 2 * 256 * 512 + 512 + 256 + 4 * 256
     assert count(encoder) == 4 * block + (8 * 8 * 3 + 1) * 256 + 2 * 256
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+IMAGES, PASSES = 3, 5
+
+
+def work(function, params, *inputs):
+    """{kernel: numbers that its convolution or matrix product writes} in the lowered program of function(params, *inputs).
+
+    A kernel is known by its argument: leaves of `params` are %arg0, %arg1, ... of the main function. Those of transposed
+    convolutions are rearranged before use and are not found.
+    """
+    text = jax.jit(function, keep_unused=True).lower(params, *inputs).as_text()
+    main = next(part for part in re.split(r"(?=func\.func )", text) if "@main(" in part)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = {}
+    for argument, shape in re.findall(
+        r"stablehlo\.(?:convolution|dot_general)\(?\s*%\w+, %arg(\d+)\b.*-> tensor<([\dx]+)xf32>", main
+    ):
+        if int(argument) < len(names):
+            name = names[int(argument)]
+            found[name] = found.get(name, 0) + math.prod(map(int, shape.split("x")))
+    return found
+
+
+def images_by_kernel(network, params, passes):
+    """{kernel: on how many images passes(params, image, key) runs it}, in terms of the work of one image."""
+    image, key = (jax.ShapeDtypeStruct((n, 32, 32, 3), jnp.float32) for n in (1, IMAGES)), jax.random.key(0)
+    single = work(network, params, next(image))
+    found = work(passes, params, next(image), key)
+    assert found.keys() == single.keys()
+    return {name: found[name] / single[name] for name in found}
+
+
+# What lies before the first dropout. It sits behind the attention of the first block.
+ATTENTION = [f"['attention']['{name}']" for name in ("query", "key_value", "out")]
+BEFORE = {
+    "student": ["['stem']", "['down'][0]", "['down'][1]"] + [f"['stages'][{i}]['conv{j}']" for i in (0, 1) for j in (1, 2)]
+    + [f"['stages'][2]['regular']['attention']{name}" for name in ATTENTION],
+    "vit": ["['embedding']"] + [f"['blocks'][0]{name}" for name in ATTENTION],
+}
+
+
+@pytest.mark.parametrize("name", ["student", "vit"])
+def test_what_lies_before_the_first_dropout_is_computed_once_per_image(networks, name):
+    """teacher_passes in the lowered program, before any compiler could help: 3 images before, 3 x 5 after."""
+    network, params = networks[0][name], networks[1][name]
+    found = images_by_kernel(network, params, lambda p, image, key: pseudo.teacher_passes(network, p, image, key, PASSES))
+    once = {f"['encoder']{part}['kernel']" for part in BEFORE[name]} | ({"['detail']['kernel']"} if name == "vit" else set())
+    assert {kernel for kernel, images in found.items() if images == IMAGES} == once
+    assert {found[kernel] for kernel in found.keys() - once} == {IMAGES * PASSES}
+    # Nothing was overlooked but the transposed convolutions.
+    kernels = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    kernels = {kernel for kernel in kernels if kernel.endswith("['kernel']") and not kernel.startswith("['up']")}
+    assert found.keys() == kernels
+
+
+@pytest.mark.parametrize("name", ["student", "vit"])
+def test_the_count_sees_a_pass_that_repeats_its_image(networks, name):
+    """The obvious way, each image once a pass: the count above is then that of every layer, so it can tell."""
+    network, params = networks[0][name], networks[1][name]
+
+    def repeated(params, image, key):
+        keys = jax.random.split(key, IMAGES * PASSES)
+        one = lambda key, image: network.heads(params, image[None], key=key)  # noqa: E731
+        return jax.vmap(one)(keys, jnp.repeat(image, PASSES, axis=0))
+
+    assert set(images_by_kernel(network, params, repeated).values()) == {IMAGES * PASSES}

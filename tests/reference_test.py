@@ -88,7 +88,7 @@ def ingredients(networks, state, data, config, meaning, t):
             made[f"passes_{name}"] = jax.nn.sigmoid(networks[name].heads(weights[name], x_w))
 
     pixel = jnp.arange(y.size, dtype=jnp.int32).reshape(y.shape)
-    boxes = [augment.cutmix(named(key, f"cutmix/{i}"), 1.0, pixel)[0] for i in range(len(strong))]  # which pixel comes here
+    boxes = [augment.cutmix(named(key, f"cutmix/{i}"), 1.0, pixel) for i in range(len(strong))]  # which pixel comes here
     mixed = [x_s.reshape(-1, 3)[box] for (x_s, _), box in zip(strong, boxes, strict=True)]
     made |= {"boxes": boxes, "notcut": [notcut for _, notcut in strong]}
     made["x"] = jnp.concatenate([x, *mixed])
