@@ -64,9 +64,14 @@ def keep_low_entropy(mu, share):
 def ema_update(phi, theta, t, alpha):
     """Eq. (6): phi <- alpha phi + (1 - alpha) theta, section 3.1.4, with alpha <- min(1 - 1 / (t + 1), alpha).
 
-    phi and theta are trees of the same structure; another structure raises ValueError. t counts updates from 0, so that
-    the first one copies theta and early averages do not remember the initial weights.
+    phi and theta are trees of one structure with leaves of one shape, else ValueError: nothing is skipped or broadcast. t
+    counts updates from 0, so that the first one copies theta and early averages do not remember the initial weights.
     """
+    def layout(tree):
+        return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+    if layout(phi) != layout(theta):
+        raise ValueError("ema_update: phi and theta are different trees")
     alpha = jnp.minimum(1.0 - 1.0 / (t + 1.0), alpha)
     return optax.incremental_update(theta, phi, 1.0 - alpha)
 

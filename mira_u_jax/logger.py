@@ -66,7 +66,7 @@ class Logger:
         text = "  ".join(f"{k} {mean[k]:.3f}" for k in shown if k in mean)
         if self.active and not 0 < mean.get("keep", 0.5) < 1:
             which = "every pixel" if mean["keep"] else "nothing"
-            print(f"warning: the filter kept {which} for {len(rows)} steps; look at pseudo.tau_u or tau_p", flush=True)
+            print(f"warning: the filter kept {which} for {len(rows)} steps; look at pseudo.filter and its threshold", flush=True)
         if self.active:
             clock = f"{int(left) // 60}:{int(left) % 60:02d}"
             print(f"{self.stage} {step}/{self.steps}  {text}  {speed:.1f} images/s  {clock} left", flush=True)
@@ -85,6 +85,6 @@ class Logger:
 
 
 def mean_of(values) -> float | None:
-    """Mean of a metric over the steps that have it: NaN says that a step has none, None that no step has."""
-    had = [float(v) for v in values if not np.isnan(v)]
+    """Mean of a metric over the steps that have it: a step without it says NaN; None when no step has it."""
+    had = [float(v) for v in values if np.isfinite(v)]  # JSON knows no infinity either
     return sum(had) / len(had) if had else None

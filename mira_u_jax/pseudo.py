@@ -93,7 +93,7 @@ def report(label: PseudoLabel, p_w, truth, *, filtered: bool) -> dict[str, jax.A
     sigma and w also in the band around the teacher's outline (a pixel whose 5x5 neighbourhood holds both classes), where
     they must be alive: over plain skin every teacher is sure. Dice of mu and of p_w, means over images. Where there is a
     filter, the share it keeps, and for the pixels kept and dropped apart, Dice and expected calibration error of mu over
-    all of them; NaN where there are none.
+    all of them. NaN where a batch has no such pixel.
     """
     band = near_outline(label.mu)
     truth = equations.f32(truth > 0.5)
@@ -123,7 +123,7 @@ def near_outline(p, size: int = 5):
 
 
 def mean_where(x, where):
-    return (x * where).sum() / jnp.maximum(where.sum(), 1)
+    return jnp.where(where.sum() > 0, (x * where).sum() / where.sum(), jnp.nan)
 
 
 def dice(p, truth, axis):

@@ -84,6 +84,8 @@ class Student(nnx.Module):
     def heads(self, image, *, perturb: float = 0.0, rngs=None):  # b h w 3 -> k b h w, k heads
         features = self.encoder(image, rngs=rngs)
         if perturb:
+            if rngs is None:
+                raise ValueError("Student.heads: perturb needs rngs")
             channels = nnx.Dropout(perturb, broadcast_dims=(1, 2))
             features = [drop(channels, x, rngs) for x in features]
         *skips, x = features

@@ -166,11 +166,10 @@ def test_ema_update_equals_the_formula_on_every_leaf(step, alpha):
 def test_ema_update_of_another_tree_raises(theta):
     theta = jax.tree.map(lambda _: jnp.ones(2), theta)
     for phi, other in (({"a": jnp.ones(2)}, theta), (theta, {"a": jnp.ones(2)})):
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises(ValueError):
             equations.ema_update(phi, other, 3, 0.99)
 
 
-@pytest.mark.xfail(strict=True, reason="optax broadcasts: (1,) against (3,) gives (3,), and nothing is said")
 @pytest.mark.parametrize(("phi", "theta"), [((3,), (1,)), ((1,), (3,)), ((), (3,)), ((2, 3), (2, 1))])
 def test_ema_update_of_leaves_of_another_shape_raises(phi, theta):
     with pytest.raises(ValueError):

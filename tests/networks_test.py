@@ -125,7 +125,9 @@ def test_perturbation_drops_whole_channels_of_every_feature(two_heads):
             student.heads(jnp.zeros((3, 16, 24, 3)), rngs=steps.dropout_of(key), **options)
             return [spy.seen for spy in (*student.skip, student.bottleneck)]
 
-        off = [through(key, perturb=0.0), through(key), through(None, perturb=0.5)]  # 0, by default, and without a key
+        off = [through(key, perturb=0.0), through(key)]  # 0, and by default
+        with pytest.raises(ValueError, match="rngs"):
+            through(None, perturb=0.5)
         return through(key, perturb=0.5), off
 
     perturbed, off = jax.device_get(seen(jax.random.key(0)))
