@@ -66,7 +66,7 @@ class Logger:
         text = "  ".join(f"{k} {mean[k]:.3f}" for k in shown if k in mean)
         if self.active and not 0 < mean.get("keep", 0.5) < 1:
             which = "every pixel" if mean["keep"] else "nothing"
-            print(f"warning: the filter kept {which} for {len(rows)} steps; look at pseudo.filter and its threshold", flush=True)
+            print(f"warning: the filter kept {which} for {len(rows)} steps; look at its threshold, pseudo.*", flush=True)
         if self.active:
             clock = f"{int(left) // 60}:{int(left) % 60:02d}"
             print(f"{self.stage} {step}/{self.steps}  {text}  {speed:.1f} images/s  {clock} left", flush=True)
