@@ -22,6 +22,10 @@ def tree() -> ml_collections.ConfigDict:
     c.dataset = "isic2016"  # what is trained on: isic2016 | ph2 | synthetic_lesions
     c.test = "isic2016"  # what split=test is measured on
     c.data_dir = ""  # "" is TFDS's default, ~/tensorflow_datasets or $TFDS_DATA_DIR
+    c.data = dict(  # how it reaches the device
+        stream="auto",  # true: read batch by batch; false: resident; auto: resident up to limit_gb
+        limit_gb=4.0, threads=4,
+    )
     c.split = "test"  # dev: choices are made on a fifth of the training images, see docs/data.md
     c.fold = -1  # ph2 only: train on the other four folds and test on this one; -1 is no folds
     c.preset, c.method, c.ablate = "full", "mira_u", ""
@@ -100,41 +104,39 @@ PRESETS = {
     "full": {},
 }
 
-# What the consistency baselines have in common: one deterministic pass, every pixel equal, Eqs. (7) and (8) alone.
+# What the consistency baselines have in common: the student alone; one deterministic pass, so that sigma = 0 and w = 1;
+# of the losses Eq. (7) and the first term of Eq. (8).
 STUDENT_ONLY = {"teacher.source": "ema", "mim.steps": 0}
-ONE_PASS = {
-    "teacher.passes": 1, "teacher.dropout": False, "pseudo.weight": "none", "pseudo.filter": "none",
-    "loss.lambda_c": 0.0, "loss.gamma": 0.0,
+ONE_TERM = {"loss.lambda_c": 0.0, "loss.gamma": 0.0}
+ONE_PASS = ONE_TERM | {"teacher.passes": 1, "teacher.dropout": False, "pseudo.filter": "none"}
+# Sohn et al. 2020: the student's own hard labels where it is more than tau_p sure, over all pixels, from the first step.
+FIXMATCH = STUDENT_ONLY | ONE_PASS | {
+    "teacher.weights": "online", "pseudo.label": "hard", "pseudo.filter": "probability", "loss.norm": "pixels",
+    "loss.ramp": 0.0,
 }
 
 METHODS = {
     "mira_u": {},
     # Eq. (7) alone. No unlabelled image is read, so no masked image modelling either.
-    "supervised": STUDENT_ONLY | {"loss.beta": 0.0, "loss.gamma": 0.0},
+    "supervised": {"loss.beta": 0.0, "mim.steps": 0},
     # Tarvainen & Valpola 2017, with our augmentation and CutMix: one pass of the student's average.
     "mean_teacher": STUDENT_ONLY | ONE_PASS,
     # Yu et al. 2019: the mean of M passes of the average where its entropy is low, squared distance, weight .1.
-    "ua_mt": STUDENT_ONLY | {
+    "ua_mt": STUDENT_ONLY | ONE_TERM | {
         "pseudo.weight": "none", "pseudo.filter": "entropy", "loss.distance": "squared", "loss.beta": 0.1,
-        "loss.lambda_c": 0.0, "loss.gamma": 0.0,
     },
-    # Sohn et al. 2020: the student's own hard labels where it is more than tau_p sure.
-    "fixmatch": STUDENT_ONLY | ONE_PASS | {
-        "teacher.weights": "online", "pseudo.label": "hard", "pseudo.filter": "probability",
-    },
+    "fixmatch": FIXMATCH,
     # Yang et al. 2023: FixMatch with two strong views and a weak one whose features are perturbed.
-    "unimatch": STUDENT_ONLY | ONE_PASS | {
-        "teacher.weights": "online", "pseudo.label": "hard", "pseudo.filter": "probability",
-        "augment.strong_views": 2, "loss.feature": 0.5,
-    },
-    # Luo et al. 2022: the student learns from the ViT's hard labels and the ViT from the student's.
+    "unimatch": FIXMATCH | {"augment.strong_views": 2, "loss.feature": 0.5},
+    # Luo et al. 2022: the student learns from the ViT's hard labels and the ViT from the student's, weight .1.
     "cross_teaching": ONE_PASS | {
-        "teacher.source": "cross", "teacher.weights": "online", "pseudo.label": "hard", "mim.steps": 0,
+        "teacher.source": "cross", "teacher.weights": "online", "pseudo.label": "hard", "loss.beta": 0.1, "mim.steps": 0,
     },
     # Zou et al. 2025: labels alone first; then the average's two heads teach where they differ by less than .2, which
     # is sigma < .2 / sqrt 2 for the deviation of two values.
     "udamt": STUDENT_ONLY | ONE_PASS | {
-        "student.heads": 2, "pseudo.filter": "sigma", "pseudo.tau_u": 0.2 / 2**0.5, "loss.wait": 0.2,
+        "student.heads": 2, "pseudo.weight": "none", "pseudo.filter": "sigma", "pseudo.tau_u": 0.2 / 2**0.5,
+        "loss.wait": 0.2,
     },
 }
 
@@ -148,13 +150,14 @@ ABLATIONS = {
     "hard_label": {"pseudo.label": "hard"},
     "paper_label": {"pseudo.label": "paper"},  # w mu, Algorithm 2 line 8
     "grey_mim": {"mim.grey": True},  # the "discarding of chromatic components" that section 3.1.1 decides against
-    # Algorithm 1 to the letter: L_MIM + L_cons + L_ent in one loop, no labels, phi once an epoch. It cannot learn what a
-    # lesion is; it is here to be looked at.
+    # The sum of Algorithm 1, L_MIM + L_cons + L_ent in one loop: no labels, one pass of the ViT, phi once an epoch. It
+    # cannot learn what a lesion is; it is here to be looked at.
     "alg1": {
-        "mim.steps": 0, "mim.joint_weight": 1.0, "loss.lambda_dice": 0.0, "loss.lambda_bce": 0.0, "loss.lambda_c": 0.0,
-        "loss.ramp": 0.0, "loss.gamma": 1.0, "pseudo.weight": "none", "pseudo.filter": "none", "ema.every": "1 epoch",
+        "mim.steps": 0, "mim.joint_weight": 1.0, "mim.target": "vit", "teacher.source": "vit", "teacher.passes": 1,
+        "teacher.dropout": False, "pseudo.filter": "none", "loss.lambda_dice": 0.0, "loss.lambda_bce": 0.0,
+        "loss.lambda_c": 0.0, "loss.ramp": 0.0, "loss.gamma": 1.0, "augment.cutmix": 0.0, "ema.every": "1 epoch",
     },
-    # Table 1: the passes are all that it says of its teachers
+    # Table 1: the passes are all that it says of its teachers; T1 is mira_u itself where a preset has M = 8
     "T1": {"teacher.passes": 8}, "T2": {"teacher.passes": 12}, "T3": {"teacher.passes": 16}, "T4": {"teacher.passes": 20},
 }
 

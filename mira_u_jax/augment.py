@@ -17,16 +17,16 @@ GREY = jnp.asarray([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's "L"
 
 
 def random_affine(key, *, flip: bool, rotate: float, scale: float, shift: float):
-    """Inverse map (2, 3) of a random flip, rotation in +-`rotate` degrees, zoom in [1/(1+scale), 1+scale] and shift.
+    """Inverse map (2, 3) of random flips, rotation in +-`rotate` degrees, zoom in [1/(1+scale), 1+scale] and shift.
 
     It sends output to input coordinates, both in [-1, 1] across the image; `shift` is a share of the side.
     """
     keys = jax.random.split(key, 4)
-    mirror = jnp.where(jax.random.bernoulli(keys[0]) & flip, -1.0, 1.0)
+    mirror = jnp.where(jax.random.bernoulli(keys[0], shape=(2,)) & flip, -1.0, 1.0)  # up and down, left and right
     angle = jnp.deg2rad(jax.random.uniform(keys[1], minval=-rotate, maxval=rotate))
     zoom = jnp.exp(jax.random.uniform(keys[2], minval=-1.0, maxval=1.0) * jnp.log1p(scale))
     cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
-    linear = jnp.stack([jnp.stack([mirror * cos, -sin]), jnp.stack([mirror * sin, cos])])
+    linear = jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])]) * mirror[None]
     return jnp.concatenate([linear, jax.random.uniform(keys[3], (2, 1), minval=-2 * shift, maxval=2 * shift)], 1)
 
 

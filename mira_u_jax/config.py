@@ -8,6 +8,9 @@ import ml_collections
 
 from mira_u_jax.errors import UserError
 
+FILTERS = ("sigma", "probability", "entropy")
+TRANSPORT = ("data_dir", "data")  # top-level keys that change no result: where data lie and how they are read
+
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions")
 RULES = {
@@ -18,6 +21,9 @@ RULES = {
     "seed": ("an integer 0..2147483647", lambda v: is_int(v) and 0 <= v < 2**31),
     "size": ("a multiple of 32 from 32 to 1024", lambda v: is_int(v) and 32 <= v <= 1024 and v % 32 == 0),
     "split": ("dev or test", lambda v: v in ("dev", "test")),
+    "data.stream": ("auto, true or false", lambda v: str(v).lower() in ("auto", "true", "false")),
+    "data.limit_gb": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "data.threads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
     "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
@@ -26,7 +32,7 @@ RULES = {
     "pseudo.tau_u": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_p": ("a number in [0.5, 1)", lambda v: is_number(v) and 0.5 <= v < 1),
     "pseudo.weight": ("confidence or none", lambda v: v in ("confidence", "none")),
-    "pseudo.filter": ("sigma, probability, entropy or none", lambda v: v in ("sigma", "probability", "entropy", "none")),
+    "pseudo.filter": ("none, or sigma, probability, entropy joined by +", lambda v: v == "none" or is_sum(v, FILTERS)),
     "pseudo.label": ("mu, hard or paper", lambda v: v in ("mu", "hard", "paper")),
     "loss.norm": ("weights or pixels", lambda v: v in ("weights", "pixels")),
     "loss.beta": ("a number >= 0", lambda v: is_number(v) and v >= 0),
@@ -44,6 +50,21 @@ RULES = {
     "train.batch": ("an even integer >= 2", lambda v: is_int(v) and v >= 2 and v % 2 == 0),
     "optim.schedule": ("cosine or plateau", lambda v: v in ("cosine", "plateau")),
     "optim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "mim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "teacher.dropout": ("True or False", lambda v: isinstance(v, bool)),
+    "loss.lambda_dice": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "loss.lambda_bce": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "loss.lambda_u": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "loss.lambda_c": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "optim.warmup": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "optim.weight_decay": ("a number >= 0", lambda v: is_number(v) and v >= 0),
+    "optim.clip": ("a number > 0", lambda v: is_number(v) and v > 0),
+    "augment.cutmix": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
+    "augment.cutout": ("a number in [0, 0.5]", lambda v: is_number(v) and 0 <= v <= 0.5),
+    "augment.strong_ops": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
+    "augment.strong_magnitude": ("a number in [0, 10]", lambda v: is_number(v) and 0 <= v <= 10),
+    "augment.labelled_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
+    "augment.weak_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
     "augment.strong_views": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
     "student.heads": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
@@ -59,6 +80,10 @@ def is_int(v) -> bool:
 
 def is_number(v) -> bool:
     return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+
+def is_sum(v, names) -> bool:
+    return isinstance(v, str) and set(v.split("+")) <= set(names)
 
 
 def check_value(key: str, value):
@@ -105,10 +130,12 @@ def check(config) -> ml_collections.FrozenConfigDict:
         )
     if not len(config.student.widths) == len(config.student.stages) == len(config.student.skips) + 1:
         raise UserError("config key student: stages must be as many as widths, skips one less")
-    if semi and config.teacher.source == "both" and config.teacher.passes < 2:
-        raise UserError("config key teacher.passes: source=both shares the passes, so it must be 2 or more")
+    if semi and config.teacher.source == "both" and (config.teacher.passes < 2 or not config.teacher.dropout):
+        raise UserError("config key teacher.source=both: it shares the passes, so it needs teacher.passes >= 2 and dropout")
     if semi and config.teacher.passes > 1 and not config.teacher.dropout:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
+    if (config.mim.steps or config.mim.joint_weight) and config.mim.target == "vit" and config.teacher.source == "ema":
+        raise UserError("config key mim.target=vit: with teacher.source=ema there is no ViT; say student, or mim.steps=0")
     for key in ("train.steps", "mim.steps", "ema.every"):
         steps_of(get(config, key), epoch=1, key=key)
     if not steps_of(config.ema.every, epoch=10**6):
@@ -158,8 +185,8 @@ def steps_of(value, *, epoch: int, total: int | None = None, key: str = "steps")
 
 
 def fingerprint(config) -> str:
-    """Eight hex digits of what decides a run's result; where the data lie does not."""
-    tree = {k: v for k, v in json.loads(config.to_json()).items() if k != "data_dir"}
+    """Eight hex digits of what decides a run's result; where the data lie and how they are read does not."""
+    tree = {k: v for k, v in json.loads(config.to_json()).items() if k not in TRANSPORT}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -179,7 +206,7 @@ def save(config, workdir, facts: dict):
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
         old, new = flat(load(workdir)), flat(config)
-        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "data_dir")
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k.split(".")[0] not in TRANSPORT)
         if differ:
             k = differ[0]
             raise UserError(

@@ -1,16 +1,17 @@
-"""From a data set to what the steps take: uint8 arrays, the label split, and an order.
+"""From a data set to what the steps take: uint8 images and masks, the label split, and an order.
 
-Arrays are decoded once and stay on the device. The order is a pure function of (seed, stream, position), so a checkpoint
-holds no iterator; a streaming pipeline maps a loader over the same `order`.
+A set that fits is decoded once and stays on the device; a larger one is streamed, batch by batch, in the same order. The
+order is a pure function of (seed, stream, position), so a checkpoint holds no iterator.
 """
 
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+import tensorflow_datasets as tfds
 
 from mira_u_jax.errors import UserError
 from tfds_builders import build, common
@@ -19,14 +20,38 @@ DATASETS = {"isic2016": "isic2016", "ph2": "ph2", "synthetic": "synthetic_lesion
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSet:
-    """n training images of one side s. Arrays: uint8; index arrays: int32, into the first axis.
+class Rows:
+    """The images one may train on, read and squashed to size x size when asked for; threads may ask at once.
 
-    mask holds the lesion's share of each pixel, 0..255. Only the rows in `labelled` may reach a loss.
+    rows[i] is {"image": (s, s, 3), "mask": (s, s)} uint8; a mask holds the lesion's share of each pixel, 0..255.
     """
 
-    image: np.ndarray  # n s s 3
-    mask: np.ndarray  # n s s
+    source: Sequence  # of a TFDS split
+    picked: np.ndarray  # which of its rows
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.picked)
+
+    def __getitem__(self, i) -> dict[str, np.ndarray]:
+        row = self.source[int(self.picked[i])]
+        return {"image": common.squash(row["image"], self.size), "mask": common.squash(row["mask"][..., 0], self.size)}
+
+    def take(self, indices) -> dict[str, np.ndarray]:
+        """{"image": (k, s, s, 3), "mask": (k, s, s)} of k rows."""
+        rows = [self[i] for i in indices]
+        return {name: np.stack([row[name] for row in rows]) for name in ("image", "mask")}
+
+    def bytes(self) -> int:
+        """What all of them take on a device."""
+        return len(self) * self.size**2 * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """What a run trains on; the index arrays, int32, point into `rows`. Only the masks of `labelled` may reach a loss."""
+
+    rows: Rows
     labelled: np.ndarray  # whose outlines are used
     unlabelled: np.ndarray  # the pool: every training image, labelled ones included
     summary: str  # one line on what was found
@@ -50,25 +75,20 @@ def training_set(config) -> TrainingSet:
     if config.dataset == "ph2" and config.fold < 0:
         raise UserError("config key fold: PH2 has no training part, choose fold=0..4 to train on the other four folds")
     part = "test" if config.dataset == "ph2" else "train"
-    source = builder.as_data_source(split=part)
+    undecoded = dict.fromkeys(("image", "mask"), tfds.decode.SkipDecoding())
+    facts = list(builder.as_data_source(split=part, decoders=undecoded))
     # PH2 has no official list here: its ranks, and so its budget, are over the images present.
-    official = len(source) if config.dataset == "ph2" else builder.info.metadata["official"][part]
-    rank, image, mask = [], [], []
-    for row in source:  # one full-size image at a time
-        if in_pool(row, config):
-            rank.append(row["label_rank"][config.label_seed])
-            image.append(common.squash(row["image"], config.size))
-            mask.append(common.squash(row["mask"][..., 0], config.size))
+    official = len(facts) if config.dataset == "ph2" else builder.info.metadata["official"][part]
+    picked = np.array([i for i, row in enumerate(facts) if in_pool(row, config)], np.int32)
+    rank = np.array([facts[i]["label_rank"][config.label_seed] for i in picked])
     budget = int(official * config.frac + 0.5)
-    labelled = np.flatnonzero(np.array(rank) < budget).astype(np.int32)
-    held_out = "" if len(image) == len(source) else f", {len(source) - len(image)} more held out"
-    summary = f"{len(labelled)} labelled of {len(image)} present (official {budget} of {official}){held_out}"
+    labelled = np.flatnonzero(rank < budget).astype(np.int32)
+    held_out = "" if len(picked) == len(facts) else f", {len(facts) - len(picked)} more held out"
+    summary = f"{len(labelled)} labelled of {len(picked)} present (official {budget} of {official}){held_out}"
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
-    return TrainingSet(
-        image=np.stack(image), mask=np.stack(mask), labelled=labelled,
-        unlabelled=np.arange(len(image), dtype=np.int32), summary=summary,
-    )
+    rows = Rows(builder.as_data_source(split=part), picked, config.size)
+    return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary)
 
 
 def in_pool(row, config) -> bool:
@@ -119,6 +139,13 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
         yield Example(stem, common.squash(np.asarray(image.convert("RGB")), size), common.binary_mask(mask) > 0)
 
 
+def hold_out(labelled: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held): a `share` of the labelled images, one at least, put aside by `seed`; both sorted."""
+    count = max(round(share * len(labelled)), 1)
+    shuffled = np.random.default_rng(seed).permutation(labelled)
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
 def prepared(dataset: str, size: int, data_dir: str):
     """The TFDS builder whose images are the smallest that still hold size x size; built on first use."""
     config = "128px" if size <= 128 else "256px" if size <= 256 else "original"
@@ -137,3 +164,18 @@ def order(seed: int, stream: str, indices: np.ndarray) -> grain.MapDataset:
 def batch_at(order: grain.MapDataset, step: int, batch: int) -> np.ndarray:
     """Indices of the batch of a step, (batch,) int32."""
     return np.asarray([order[p] for p in range(step * batch, (step + 1) * batch)], np.int32)
+
+
+def streamed(cfg, rows: Rows) -> bool:
+    """Whether config.data asks for a stream: as it says, or by size."""
+    choice = str(cfg.stream).lower()
+    return choice == "true" or choice == "auto" and rows.bytes() > cfg.limit_gb * 1e9
+
+
+def stream(rows: Rows, order: grain.MapDataset, *, first: int, batch: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of steps first, first + 1, ...: {"image": (b, s, s, 3), "mask": (b, s, s)}, those of `batch_at`.
+
+    `threads` read ahead, a few batches at most; a batch is handed on as soon as it is whole.
+    """
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch)
+    return iter(order[first * batch :].map(rows.__getitem__).to_iter_dataset(ahead).batch(batch))

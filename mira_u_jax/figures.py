@@ -81,6 +81,8 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
     hidden = np.setdiff1d(run.dataset.unlabelled, labelled)
     shown = (hidden if len(hidden) else labelled)[:: max(len(hidden if len(hidden) else labelled) // count, 1)][:count]
 
+    image, mask = (values.astype(np.float32) / 255 for values in run.dataset.rows.take(shown).values())
+
     @jax.jit
     def look(state, image, key):
         maps = {"prediction": jax.nn.sigmoid(networks["student"](state.ema["student"], image))}
@@ -92,8 +94,7 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
         return maps
 
     def draw(step, state):
-        image = run.dataset.image[shown].astype(np.float32) / 255
-        maps = {"image": image, "truth": run.dataset.mask[shown] / 255} | jax.device_get(look(state, image, run.key))
+        maps = {"image": image, "truth": mask} | jax.device_get(look(state, image, run.key))
         titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "w", "prediction") if t in maps]
         panel(run.workdir / "figures" / f"train_{step:06d}.png", {t: maps[t] for t in titles}, [str(i) for i in shown])
 

@@ -74,14 +74,14 @@ def pseudo_labels(state, image, key, *, networks, config, share) -> dict[str, Ps
 
 
 def keep(mu, sigma, cfg, share):
-    """The filter `cfg.filter` of a pseudo-label: 1 where a pixel may teach."""
-    if cfg.filter == "sigma":
-        return equations.keep_certain(sigma, cfg.tau_u)
-    if cfg.filter == "probability":
-        return equations.f32(jnp.maximum(mu, 1 - mu) > cfg.tau_p)
-    if cfg.filter == "entropy":
-        return equations.keep_low_entropy(mu, share)
-    return jnp.ones_like(mu)
+    """1 where a pixel may teach: what every filter named in `cfg.filter`, joined by +, lets through."""
+    filters = {
+        "sigma": lambda: equations.keep_certain(sigma, cfg.tau_u),
+        "probability": lambda: equations.f32(jnp.maximum(mu, 1 - mu) > cfg.tau_p),
+        "entropy": lambda: equations.keep_low_entropy(mu, share),
+        "none": lambda: jnp.ones_like(mu),
+    }
+    return functools.reduce(jnp.multiply, [filters[name]() for name in cfg.filter.split("+")])
 
 
 # --- what a run watches; nothing below reaches a loss --------------------------------------------------------------------

@@ -163,10 +163,10 @@ def make_optimizer(optim, names, schedule) -> optax.GradientTransformation:
 def pretrain_step(state: TrainState, data, index, key, *, networks, tx, config):
     """Stage 1, masked image modelling on every network of theta. Eq. (1), section 3.1.1.
 
-    data["image"]: (n, h, w, 3) uint8, resident; index: (b,) int32; key: the run's key. Returns (state, metrics).
+    data, index as in `rows`, one batch "unlabelled"; key: the run's key. Returns (state, metrics).
     """
     key = jax.random.fold_in(named(key, "pretrain"), state.step)
-    image = to_float(data["image"][index])
+    image = to_float(rows(data, index, "unlabelled")["image"])
     image, _ = augment.labelled_view(named(key, "view"), image, jnp.zeros(image.shape[:3]), config.augment)
 
     def loss_fn(params):
@@ -182,22 +182,25 @@ def pretrain_step(state: TrainState, data, index, key, *, networks, tx, config):
 def train_step(state: TrainState, data, index, key, *, networks, tx, config, steps: int, epoch: int):
     """Stage 2, one step of MIRA-U: M teacher passes, student and ViT update, EMA. The step in words: docs/paper.md.
 
-    data: {"image": (n, h, w, 3), "mask": (n, h, w)} uint8, resident; index: {"labelled", "unlabelled"}, (b,) int32 each;
-    key: the run's key; steps: the length of the stage, epoch: that of a pass over the pool. Returns (state, metrics),
-    metrics all float32 scalars. Every method and ablation is a configuration of this one function.
+    data, index as in `rows`, batches "labelled" and, unless beta is 0, "unlabelled"; key: the run's key; steps: the length
+    of the stage, epoch: that of a pass over the pool. Returns (state, metrics), metrics all float32 scalars. Every method
+    and ablation is a configuration of this one function.
     """
     key = jax.random.fold_in(named(key, "train"), state.step)
     cfg, semi = config.loss, config.loss.beta > 0
     learners = {name: networks[name] for name in pseudo.LEARNERS if name in networks}
-    x, y = to_float(data["image"][index["labelled"]]), to_float(data["mask"][index["labelled"]])
+    batch = rows(data, index, "labelled")
+    x, y = to_float(batch["image"]), to_float(batch["mask"])
     x, y = augment.labelled_view(named(key, "labelled"), x, y, config.augment)
     beta = cfg.beta * equations.ramp_up(state.step - cfg.wait * steps, cfg.ramp * steps)
     metrics = {"beta": beta}
 
     if semi:
         # 1. Weak and strong views, one geometry. The masks of these images are for the report in `metrics` only.
-        u, hidden_truth = to_float(data["image"][index["unlabelled"]]), to_float(data["mask"][index["unlabelled"]])
-        x_w, strong, truth = augment.weak_strong_views(named(key, "unlabelled"), u, hidden_truth, config.augment)
+        batch = rows(data, index, "unlabelled")
+        x_w, strong, truth = augment.weak_strong_views(
+            named(key, "unlabelled"), to_float(batch["image"]), to_float(batch["mask"]), config.augment
+        )
         # 2., 3. The teacher's M passes on the weak view: mu, sigma, w, keep for each learner.
         labels = pseudo.pseudo_labels(
             state, x_w, named(key, "passes"), networks=networks, config=config, share=state.step / steps
@@ -251,6 +254,15 @@ def eval_step(params, image, *, network: Network):
 
 
 # --- their parts ----------------------------------------------------------------------------------------------------
+
+
+def rows(data, index, name: str) -> dict[str, jax.Array]:
+    """The batch `name`, {"image": (b, h, w, 3), "mask": (b, h, w)} uint8.
+
+    Resident: data is {"image": (n, h, w, 3), "mask": (n, h, w)}, index[name] (b,) int32. Streamed: data[name] is the batch
+    and index None.
+    """
+    return data[name] if index is None else {part: values[index[name]] for part, values in data.items()}
 
 
 def unsupervised(z, view: View, learner: str, cfg):

@@ -105,7 +105,7 @@ class MaskedReconstruction(nnx.Module):
 
     def __init__(self, student: Student, *, ratio: float, rngs: nnx.Rngs):
         self.encoder = student.encoder
-        self.hidden_colour = nnx.Param(jnp.full(3, 0.5))
+        self.hidden_colour = nnx.Param(jnp.full(3, 0.5, jnp.float32))  # typed: a weak type would compile the step twice
         self.patch, self.ratio = 2 ** len(student.encoder.down), ratio
         self.out = nnx.Linear(student.encoder.down[-1].out_features, self.patch**2 * 3, rngs=rngs)
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import platform
@@ -49,7 +50,8 @@ class Run:
         self.config, self.workdir, self.mesh, self.dataset = config, workdir, mesh, dataset
         everywhere = sharding.replicated(mesh)
         self.key = jax.device_put(jax.random.key(config.seed), everywhere)
-        self.resident = jax.device_put({"image": dataset.image, "mask": dataset.mask}, everywhere)
+        streamed = data.streamed(config.data, dataset.rows)
+        self.resident = None if streamed else jax.device_put(dataset.rows.take(dataset.unlabelled), everywhere)
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
         """Stage 1, masked image modelling on the pool, `total` steps."""
@@ -57,12 +59,11 @@ class Run:
         schedule = steps.make_schedule(config.optim, total, lr=cfg.lr, schedule="cosine")
         tx = steps.make_optimizer(config.optim, names, schedule)
         networks = steps.make_networks(names, "pretrain", config)
-        order = data.order(config.seed, "pretrain", self.dataset.unlabelled)
         return self.stage(
             "pretrain", total=total, epoch=epoch, images=cfg.batch,
             state=steps.init_state(steps.init_params(names, "pretrain", config, self.key), tx, config.optim),
             step_fn=functools.partial(steps.pretrain_step, networks=networks, tx=tx, config=config),
-            index_at=lambda step: data.batch_at(order, step, cfg.batch),
+            batches=self.batches({"unlabelled": data.order(config.seed, "pretrain", self.dataset.unlabelled)}, cfg.batch),
         )
 
     def train(self, names, params) -> steps.TrainState:
@@ -72,6 +73,8 @@ class Run:
         total = configuration.steps_of(cfg.steps, epoch=epoch, key="train.steps")
         if not total:
             raise UserError("config key train.steps: the stage needs at least one step")
+        if configuration.steps_of(config.ema.every, epoch=epoch) > total:
+            raise UserError(f"config key ema.every={config.ema.every}: the average would never move in {total} steps")
         schedule = steps.make_schedule(config.optim, total, lr=config.optim.lr, schedule=config.optim.schedule)
         tx = steps.make_optimizer(config.optim, names, schedule)
         networks = steps.make_networks(names, "train", config)
@@ -88,38 +91,56 @@ class Run:
             "train", total=total, epoch=epoch, images=len(orders) * cfg.batch,
             state=steps.init_state(params, tx, config.optim),
             step_fn=functools.partial(steps.train_step, networks=networks, tx=tx, config=config, steps=total, epoch=epoch),
-            index_at=lambda step: {name: data.batch_at(order, step, cfg.batch) for name, order in orders.items()},
+            batches=self.batches(orders, cfg.batch),
             after=validate, draw=figures.training_figure(self, networks, labelled, steps=total),
         )
 
     def plateau(self, network, epoch: int, total: int):
         """The plateau schedule's validation set, cut from the labelled budget, and the function that feeds it."""
         cfg = self.config.optim.plateau
-        held = max(round(cfg.holdout * len(self.dataset.labelled)), 1)
-        if held >= len(self.dataset.labelled):
+        labelled, held_out = data.hold_out(self.dataset.labelled, cfg.holdout, seed=self.config.label_seed)
+        if not len(labelled):
             raise UserError("config key optim.schedule=plateau: one labelled image cannot also validate; use cosine")
-        shuffled = np.random.default_rng(self.config.label_seed).permutation(self.dataset.labelled)
-        labelled, held_out = np.sort(shuffled[held:]), np.sort(shuffled[:held])
         every = max(configuration.steps_of(cfg.every, epoch=epoch, total=total, key="optim.plateau.every"), 1)
         predict = jax.jit(functools.partial(steps.eval_step, network=network))
         transform = steps.make_plateau(self.config.optim)
-        truth = self.dataset.mask[held_out] > 127
+        validation = self.dataset.rows.take(held_out)
 
         def validate(step, state):
             if step % every:
                 return state, {}
             found = np.concatenate(
-                [jax.device_get(predict(state.ema["student"], self.dataset.image[held_out[i : i + 1]])) > 0
-                 for i in range(len(held_out))]
+                [jax.device_get(predict(state.ema["student"], image[None])) > 0 for image in validation["image"]]
             )
-            dice = metrics.scores([metrics.confusion(p, t) for p, t in zip(found, truth, strict=True)])["dice"].mean()
+            counts = [metrics.confusion(p, t > 127) for p, t in zip(found, validation["mask"], strict=True)]
+            dice = metrics.scores(counts)["dice"].mean()
             _, plateau = transform.update({}, state.plateau, value=1 - np.float32(dice))
             plateau = jax.device_put(plateau, sharding.replicated(self.mesh))
             return state.replace(plateau=plateau), {"validation_dice": float(dice), "lr_scale": float(plateau.scale)}
 
         return labelled, validate
 
-    def stage(self, name, *, total, epoch, images, state, step_fn, index_at, after=None, draw=None) -> steps.TrainState:
+    def batches(self, orders: dict, batch: int):
+        """A function of the first step: the (data, index) that `steps.rows` takes, step after step."""
+
+        def resident(first):
+            for step in itertools.count(first):
+                index = {name: data.batch_at(order, step, batch) for name, order in orders.items()}
+                yield self.resident, jax.device_put(index, sharding.batched(self.mesh))
+
+        def streamed(first):
+            threads = self.config.data.threads
+            streams = {
+                name: data.stream(self.dataset.rows, order, first=first, batch=batch, threads=threads)
+                for name, order in orders.items()
+            }
+            while True:
+                fetched = {name: next(stream) for name, stream in streams.items()}
+                yield jax.device_put(fetched, sharding.batched(self.mesh)), None
+
+        return streamed if self.resident is None else resident
+
+    def stage(self, name, *, total, epoch, images, state, step_fn, batches, after=None, draw=None) -> steps.TrainState:
         """Run one stage to `total` steps, from its newest checkpoint if there is one."""
         cfg = self.config.train
         every = {
@@ -135,9 +156,8 @@ class Run:
                 print(f"{name}: going on from step {first} of {total}", flush=True)
             logger = Logger(self.workdir, name, step=first, steps=total, images_per_step=images)
             started = time.perf_counter()
-            for step in range(first, total):
-                index = jax.device_put(index_at(step), sharding.batched(self.mesh))
-                state, measured = step_fn(state, self.resident, index, self.key)
+            for step, (arrays, index) in zip(range(first, total), batches(first), strict=False):
+                state, measured = step_fn(state, arrays, index, self.key)
                 logger.add(measured)
                 done, last = step + 1, step + 1 == total
                 if after is not None:

@@ -83,6 +83,8 @@ def test_random_affine_stays_in_its_ranges_and_fills_them():
     assert 0.4 < mirrored.mean() < 0.6
     turn = linear[~mirrored] / singular[~mirrored][:, :1, None]
     angle = np.degrees(np.arctan2(turn[:, 1, 0], turn[:, 0, 0]))
+    assert 0.35 < (np.abs(angle) > 90).mean() < 0.65  # both flips are half a turn, so each comes by itself
+    angle = (angle + 90) % 180 - 90
     assert angle.min() < -28 and angle.max() > 28 and np.abs(angle).max() <= 30 + 1e-3
 
 
@@ -93,8 +95,15 @@ def test_random_affine_can_be_still():
 # --- colour -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def batched(op):
+    return jax.jit(jax.vmap(op))
+
+
 def apply(op, m, image=PHOTO):
-    return np.asarray(op(jnp.asarray(image, jnp.float32) / 255, jnp.asarray(m, jnp.float32)))
+    """One image of a compiled batch whose other image and strength are different."""
+    batch = np.stack([image, image[::-1]]).astype(np.float32) / 255
+    return np.asarray(batched(op)(batch, jnp.asarray([m, 0.3 - m], jnp.float32)))[0]
 
 
 @pytest.mark.parametrize("m", [-1.0, -0.4, 0.5, 1.0])
@@ -128,24 +137,65 @@ def test_posterize_keeps_pillows_bits(m, bits):
     close(apply(augment.posterize, m, ramp), level / (2**bits - 1))
 
 
-def test_gamma_is_a_power():
-    for m in (-1.0, 0.5, 1.0):
-        close(apply(augment.gamma, m), (PHOTO / 255) ** 2.0**m, 1e-5)
+@pytest.mark.parametrize("m", [-1.0, 0.5, 1.0])
+def test_gamma_equals_pillow(m):
+    table = [255 * (i / 255) ** 2.0**m for i in range(256)] * 3
+    close(255 * apply(augment.gamma, m), np.asarray(Image.fromarray(PHOTO).point(table), float), 1.0)
 
 
-def test_temperature_moves_red_against_blue():
-    found = apply(augment.temperature, 1.0, (PHOTO // 2).astype(np.uint8)) / (PHOTO // 2 / 255)
-    close(found.mean((0, 1)), [1.15, 1.0, 0.85], 1e-4)
+@pytest.mark.parametrize("m", [-1.0, 0.4, 1.0])
+def test_temperature_equals_pillow(m):
+    matrix = (1 + 0.15 * m, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1 - 0.15 * m, 0)
+    wanted = np.asarray(Image.fromarray(PHOTO).convert("RGB", matrix), float)
+    close(255 * apply(augment.temperature, m), wanted, 1.0)
+    assert np.abs(wanted - PHOTO).max() > 5
 
 
-def test_hue_turns_about_grey():
-    muted = (100 + 0.2 * (PHOTO - 100.0)).astype(np.uint8)
-    turned = apply(augment.hue, 1.0, muted)
-    luma = np.array([0.299, 0.587, 0.114])
-    close(turned @ luma, muted / 255 @ luma, 1e-5)
-    assert np.abs(turned - muted / 255).max() > 0.02
-    close(apply(augment.hue, -1.0, 255 * turned), muted / 255, 1e-4)  # there and back
-    close(apply(augment.hue, 1.0, np.full((4, 4, 3), 90.0)), np.full((4, 4, 3), 90 / 255), 1e-5)
+@pytest.mark.parametrize("m", [-1.0, 0.4, 1.0])
+def test_hue_equals_pillow(m):
+    """A turn by 25 degrees of the I-Q plane; RGB to YIQ with the decimals of the standard, applied by Pillow."""
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.59590059, -0.27455667, -0.32134392], [0.21153661, -0.52273617, 0.31119955]])
+    cos, sin = np.cos(np.radians(25 * m)), np.sin(np.radians(25 * m))
+    turn = np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ to_yiq
+    matrix = np.concatenate([turn, np.zeros((3, 1))], 1).ravel()
+    wanted = np.asarray(Image.fromarray(PHOTO).convert("RGB", tuple(matrix)), float)
+    close(255 * apply(augment.hue, m), wanted, 1.5)
+    assert np.abs(wanted - PHOTO).max() > 5
+
+
+def test_rand_augment_draws_every_operation_and_sign_with_its_magnitude():
+    """What one draw did is found by trying all: 10 operations, two signs, strength .7; about each as often as another."""
+    image = jnp.asarray(PHOTO[::4, ::4], jnp.float32) / 255
+    draw = jax.jit(jax.vmap(lambda key: augment.rand_augment(key, image, ops=1, magnitude=7.0)))
+    found = np.asarray(draw(jax.random.split(jax.random.key(0), 600)))
+    tried = {(op, sign): np.asarray(op(image, jnp.float32(sign * 0.7))) for op in augment.COLOUR_OPS for sign in (-1, 1)}
+    distance = np.stack([np.abs(found - result).max((1, 2, 3)) for result in tried.values()])
+    assert distance.min(0).max() < 1e-5
+    ops, signs = zip(*(list(tried)[i] for i in distance.argmin(0)), strict=True)
+    counts = [ops.count(op) for op in augment.COLOUR_OPS]
+    assert min(counts) > 35 and max(counts) < 90  # 60 expected
+    signed = [sign for op, sign in zip(ops, signs, strict=True) if op in (augment.brightness, augment.gamma, augment.hue)]
+    assert 0.35 < np.mean(np.array(signed) > 0) < 0.65
+
+
+def test_rand_augment_applies_its_operations_in_turn():
+    image = jnp.asarray(PHOTO[::4, ::4], jnp.float32) / 255
+    draw = jax.jit(jax.vmap(lambda key: augment.rand_augment(key, image, ops=2, magnitude=10.0)))
+    found = np.asarray(draw(jax.random.split(jax.random.key(1), 20)))
+    ops = [functools.partial(op, m=jnp.float32(sign)) for op in augment.COLOUR_OPS for sign in (-1, 1)]
+    tried = np.stack([np.asarray(second(first(image))) for first in ops for second in ops])
+    assert max(np.abs(tried - result).max((1, 2, 3)).min() for result in found) < 1e-5
+
+
+def test_colour_jitter_has_a_strength_of_its_own_for_each_operation():
+    key, image = jax.random.key(2), jnp.asarray(PHOTO, jnp.float32) / 255
+    m = 2 * np.asarray(jax.random.uniform(key, (4,))) - 1
+    assert np.ptp(m) > 0.3
+    wanted = image
+    for op, strength in zip((augment.brightness, augment.contrast, augment.saturation, augment.temperature), m, strict=True):
+        wanted = op(wanted, 0.5 * strength)
+    close(jax.jit(augment.colour_jitter)(key, image, 0.5), wanted, 1e-5)
+    close(augment.colour_jitter(key, image, 0.0), image, 1e-6)
 
 
 @pytest.mark.parametrize("op", augment.COLOUR_OPS, ids=lambda op: op.__name__)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mira_u_jax import data, train
+from mira_u_jax import data, sharding, steps, train
 from mira_u_jax.errors import UserError
 from tfds_builders import common
 from tfds_builders.common import DataError
@@ -46,6 +46,44 @@ def test_batches_follow_the_order_across_epochs():
 def test_a_batch_larger_than_the_pool_repeats_it():
     batch = data.batch_at(data.order(0, "labelled", INDICES[:3]), 0, 6)
     assert sorted(batch.tolist()) == sorted(2 * INDICES[:3].tolist())
+
+
+def rows_of(pixels, picked, size=8):
+    """Rows over a source in memory, each row as TFDS gives it."""
+    source = [{"image": p, "mask": p[..., :1]} for p in pixels]
+    return data.Rows(source, np.array(picked, np.int32), size)
+
+
+def test_a_stream_gives_the_batches_of_the_order_from_any_step():
+    """Across epochs, with threads that read ahead, after a resume; each image squashed as the resident ones are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    rows, order = rows_of(pixels, [0, 2, 3, 5, 6, 7, 8]), data.order(3, "labelled", np.array([1, 2, 4, 6]))
+    for first in (0, 5):
+        stream = data.stream(rows, order, first=first, batch=3, threads=4)
+        for step in range(first, first + 6):
+            index, batch = data.batch_at(order, step, 3), next(stream)
+            for part, wanted in rows.take(index).items():
+                np.testing.assert_array_equal(batch[part], wanted)
+            np.testing.assert_array_equal(batch["image"][0], common.squash(pixels[rows.picked[index[0]]], 8))
+
+
+@pytest.mark.parametrize(
+    ("choice", "limit_gb", "streamed"),
+    [("auto", 1e-6, True), ("auto", 4.0, False), ("true", 4.0, True), (True, 4.0, True), ("false", 0.0, False)],
+)
+def test_a_set_is_streamed_by_size_or_by_choice(tiny_config, choice, limit_gb, streamed):
+    config = tiny_config(**{"data.stream": choice, "data.limit_gb": limit_gb})
+    assert data.streamed(config.data, rows_of(np.zeros((30, 16, 16, 3), np.uint8), range(20))) == streamed  # 5,120 bytes
+
+
+def test_hold_out_parts_the_budget():
+    """No image both teaches and validates, none is lost, and another label seed holds others."""
+    kept, held = data.hold_out(INDICES, 0.2, seed=0)
+    assert len(held) == 2 and sorted([*kept, *held]) == INDICES.tolist()
+    assert kept.tolist() == sorted(kept) and held.tolist() == sorted(held)
+    assert any((data.hold_out(INDICES, 0.2, seed=s)[1] != held).any() for s in (1, 2))
+    assert [len(part) for part in data.hold_out(INDICES[:3], 0.01, seed=0)] == [2, 1]
+    assert [len(part) for part in data.hold_out(INDICES[:1], 0.2, seed=0)] == [0, 1]  # which the loop refuses
 
 
 def test_square_averages_when_it_shrinks():
@@ -132,29 +170,47 @@ def test_split_of_the_synthetic_set(tiny_config, synthetic_data_dir):
     assert [len(s.labelled) for s in sets.values()] == [40, 100, 400]
     assert set(sets[0.1].labelled) < set(sets[0.25].labelled)
     assert "40 labelled of 400 present (official 40 of 400)" in sets[0.1].summary
-    whole = sets[1.0]
-    assert whole.image.shape == (400, 32, 32, 3) and whole.mask.shape == (400, 32, 32)
-    assert whole.unlabelled.tolist() == list(range(400))
+    assert sets[1.0].unlabelled.tolist() == list(range(400))
+    whole = sets[1.0].rows.take(range(400))
+    assert whole["image"].shape == (400, 32, 32, 3) and whole["mask"].shape == (400, 32, 32)
+    assert sets[1.0].rows.bytes() == whole["image"].nbytes + whole["mask"].nbytes
     # A mask is lesion share x 255: it must lie where its image is, and not be a 0/1 mask.
-    assert whole.mask.max() == 255 and 0.02 < (whole.mask > 127).mean() < 0.6
+    assert whole["mask"].max() == 255 and 0.02 < (whole["mask"] > 127).mean() < 0.6
     other = data.training_set(make(frac=0.1, label_seed=1))
     assert set(other.labelled) != set(sets[0.1].labelled)
 
     config = make(frac=1.0, split="dev")
     dev = list(data.evaluation_set("synthetic", config, split="dev", data_dir=synthetic_data_dir))
     pool = data.training_set(config)
-    assert len(pool.image) + len(dev) == 400 and 50 < len(dev) < 110
+    pool = pool.rows.take(pool.unlabelled)
+    assert len(pool["image"]) + len(dev) == 400 and 50 < len(dev) < 110
     held = {e.image.tobytes() for e in dev}
-    assert not held & {image.tobytes() for image in pool.image}
+    assert not held & {image.tobytes() for image in pool["image"]}
     test = list(data.evaluation_set("synthetic", config, split="test", data_dir=synthetic_data_dir))
     assert len(test) == 100
     tested = {e.image.tobytes() for e in test}
     assert len(tested) == 100 and len(held) == len(dev)  # no two are alike, so bytes do tell them apart
-    assert not tested & {image.tobytes() for image in whole.image}
-    assert not tested & (held | {image.tobytes() for image in pool.image})
-    assert held | {image.tobytes() for image in pool.image} == {image.tobytes() for image in whole.image}
+    assert not tested & {image.tobytes() for image in whole["image"]}
+    assert not tested & (held | {image.tobytes() for image in pool["image"]})
+    assert held | {image.tobytes() for image in pool["image"]} == {image.tobytes() for image in whole["image"]}
     with pytest.raises(UserError, match="frac"):
         data.training_set(make(frac=0.0001))
+
+
+@pytest.mark.slow
+def test_a_streamed_run_sees_the_batches_of_a_resident_one(tiny_config, synthetic_data_dir, tmp_path):
+    """Bit for bit, before any augmentation, labelled and unlabelled, from a step in the middle."""
+    seen = []
+    for choice in ("false", "true"):
+        config = tiny_config(dataset="synthetic_lesions", data_dir=synthetic_data_dir, **{"data.stream": choice})
+        dataset = data.training_set(config)
+        run = train.Run(config, tmp_path, sharding.make_mesh(), dataset)
+        assert (run.resident is None) == (choice == "true")
+        orders = {name: data.order(0, name, getattr(dataset, name)) for name in ("labelled", "unlabelled")}
+        batches = run.batches(orders, 4)(first=2)
+        seen.append([{name: steps.rows(*next(batches), name) for name in orders} for _ in range(5)])
+    jax.tree.map(np.testing.assert_array_equal, *seen)
+    assert len(jax.tree.leaves(seen[0])) == 5 * 4
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
     python tests/mutants.py [WORD ...]      only the faults whose name holds one of the words
 
 Prints `caught N / N`; exit status 1 when a fault survives or changes nothing, 2 when the tests fail without any fault.
-A fault counts when its file still parses to another program and the tests named beside it then FAIL; a test that cannot
-even be collected does not count as caught.
+A fault counts when its file still parses to another program, the tests named beside it pass without it, and with it an
+assertion of theirs fails; a crash, or a test that cannot even be collected, does not count as caught.
 """
 
 import ast
@@ -13,6 +13,7 @@ import dataclasses
 import os
 import pathlib
 import queue
+import re
 import shlex
 import shutil
 import subprocess
@@ -116,6 +117,16 @@ MUTANTS = [Mutant(*fields) for fields in (
      f"{STEP} -k plateau_scale"),
     ("the same randomness in every step", "steps.py", 'jax.random.fold_in(named(key, "train"), state.step)',
      'named(key, "train")', f"{STEP} -k step_number"),
+    ("phi never waits", "steps.py", "due = (state.step + 1) % every == 0", "due = True", f"{STEP} -k every_few_steps"),
+    ("L_MIM in the loop stops before the encoder", "steps.py", '["encoder"]}', '["encoder"]}\n'
+     '            encoder = jax.lax.stop_gradient(encoder)', f"{REF} -k reaches_the_encoder"),
+    ("the weight of L_MIM in the loop is unused", "steps.py", "config.mim.joint_weight * parts", "parts",
+     f"{REF}::test_step_equals_the_algorithms[ablate=alg1]"),
+    ("grey modelling sees colour", "steps.py", "if config.mim.grey:", "if False:", f"{STEP} -k grey"),
+    ("Eq. (8) is always divided by the weights", "steps.py", "norm=cfg.norm", 'norm="weights"',
+     f"{REF}::test_step_equals_the_algorithms[method=fixmatch]"),
+    ("stage 2 forgets stage 1", "train.py", 'params[name]["encoder"] = pretrained.params[name]["encoder"]', "pass",
+     "tests/train_test.py -k encoders_of_stage_1"),
     # networks
     ("the segmentation head gets no gradient", "student.py", "logits = [self.out(x)]", "logits = [0 * self.out(x)]",
      "tests/networks_test.py -k every_parameter"),
@@ -143,6 +154,14 @@ MUTANTS = [Mutant(*fields) for fields in (
      "x if x.ndim == 3 else jnp.where(box[..., None], partner, x)", "tests/augment_test.py -k swaps_one_box"),
     ("CutOut is not reported", "augment.py", "0.5, strong), 1 - cut", "0.5, strong), jnp.ones_like(cut)",
      "tests/augment_test.py -k notcut"),
+    ("RandAugment forgets its magnitude", "augment.py", "1.0, -1.0) * magnitude / 10", "1.0, -1.0)",
+     "tests/augment_test.py -k rand_augment"),
+    ("RandAugment never draws the last operation", "augment.py", "0, len(COLOUR_OPS)), COLOUR_OPS",
+     "0, len(COLOUR_OPS) - 1), COLOUR_OPS", "tests/augment_test.py -k rand_augment"),
+    ("one strength for all of the jitter", "augment.py", "jax.random.uniform(key, (4,))",
+     "jax.random.uniform(key, (1,)).repeat(4)", "tests/augment_test.py -k colour_jitter"),
+    ("what validates is taught too", "data.py", "return np.sort(shuffled[count:])", "return np.sort(shuffled)",
+     "tests/data_test.py -k hold_out"),
     ("saturation instead of contrast", "augment.py", "blend(image, luma(image).mean(), 1 + 0.5 * m)",
      "blend(image, luma(image), 1 + 0.5 * m)", "tests/augment_test.py -k pillow"),
     ("one order for labelled and unlabelled", "data.py", 'f"{seed}/{stream}"', 'f"{seed}"',
@@ -165,15 +184,20 @@ def changed(mutant: Mutant) -> str:
     return fault
 
 
+def asserted(output: str) -> bool:
+    """Whether pytest says that an assertion failed, its own or NumPy's, or that an expected error did not come."""
+    return re.search(r"^E +(AssertionError|assert |Failed: DID NOT RAISE)", output, re.MULTILINE) is not None
+
+
 def pytest(folder: pathlib.Path, cache: pathlib.Path, tests: str) -> tuple[int, str]:
-    """Exit status and last lines of pytest in a copy; compiled programs that a fault does not touch are shared."""
+    """Exit status and output of pytest in a copy; compiled programs that a fault does not touch are shared."""
     environment = os.environ | {
         "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [sys.executable, "-m", "pytest", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider", *shlex.split(tests)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return result.returncode, result.stdout[-1500:] + result.stderr[-500:]
+    return result.returncode, result.stdout + result.stderr
 
 
 def copy_to(folder: pathlib.Path):
@@ -215,15 +239,16 @@ def main(words: list[str]) -> int:
             selections = list(dict.fromkeys(m.tests for m in mutants))
             for tests, (status, output, _) in zip(selections, pool.map(run, selections), strict=True):
                 if status:
-                    print(f"error: without any fault, pytest {tests} ends with {status}\n{output}")
+                    print(f"error: without any fault, pytest {tests} ends with {status}\n{output[-2000:]}")
                     return 2
             print(f"{len(selections)} selections of tests pass without a fault", flush=True)
             caught = 0
             jobs = {m: pool.submit(run, m.tests, m.file, faults[m]) for m in mutants}
             for m, job in jobs.items():
                 status, output, seconds = job.result()
-                caught += status == 1
-                verdict = {0: "SURVIVED", 1: "caught"}.get(status, f"NOT COUNTED, pytest ended with {status}\n{output}")
+                found = status == 1 and asserted(output)
+                caught += found
+                verdict = "caught" if found else "SURVIVED" if status == 0 else f"CRASHED with {status}\n{output[-2000:]}\n"
                 print(f"{verdict:<8} {m.file:<13} {m.name} ({seconds:.0f} s)", flush=True)
     print(f"caught {caught} / {len(mutants)}")
     return int(caught < len(mutants))
