@@ -84,14 +84,17 @@ class WindowAttention(nn.Module):
         table = torch.empty((2 * window - 1) ** 2, heads)
         self.relative_bias = nn.Parameter(nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04))
         self.register_buffer("index", relative_index(window), persistent=False)
-        self.window, self.shifted = window, shifted
+        self.window, self.shifted, self.masks = window, shifted, {}
 
     def forward(self, x, context=None):
         b, h, w, c = x.shape
         wh, ww = size = min(self.window, h), min(self.window, w)
         shift = tuple(s // 2 if self.shifted and s < length else 0 for s, length in zip(size, (h, w), strict=True))
         index = self.index[:wh, :ww, :wh, :ww].reshape(wh * ww, wh * ww)  # a smaller window is a corner of the full one
-        bias, mask = self.relative_bias[index].permute(2, 0, 1)[None], window_mask(h, w, size, shift, x.device)
+        bias = self.relative_bias[index].permute(2, 0, 1)[None]
+        if (h, w, x.device) not in self.masks:  # kept here, as torch.compile would trace how it is made
+            self.masks[h, w, x.device] = window_mask(h, w, size, shift, x.device)
+        mask = self.masks[h, w, x.device]
         if mask is not None:
             bias = (bias + mask).repeat(b, 1, 1, 1)
         x, context = (None if y is None else to_windows(y, size, shift) for y in (x, context))
@@ -197,12 +200,14 @@ class TeacherEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, Attention(channels, heads), hidden, dropout=dropout) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(channels)
+        self.norm, self.places = nn.LayerNorm(channels), {}
 
     def forward(self, image):
         cells = self.embedding(2 * image - 1)  # b c h' w'
-        places = sincos_positions(*cells.shape[2:], cells.shape[1], cells.device).to(cells.dtype)
-        tokens = cells.flatten(2).transpose(1, 2) + places
+        h, w = cells.shape[2:]
+        if (h, w, cells.device) not in self.places:  # as WindowAttention's masks
+            self.places[h, w, cells.device] = sincos_positions(h, w, cells.shape[1], cells.device)
+        tokens = cells.flatten(2).transpose(1, 2) + self.places[h, w, cells.device].to(cells.dtype)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
