@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-all mutants lint requirements clean
+.PHONY: run test test-all mutants bench lint requirements clean
 
 # Environment, embedded data, masked image modelling, semi-supervised training, evaluation, pictures.
 run: $(INSTALLED)
@@ -21,6 +21,10 @@ test-all: $(INSTALLED)
 # Deliberate faults, each of which a test must catch.
 mutants: $(INSTALLED)
 	$(PY) tests/mutants.py $(ARGS)
+
+# The speed table, beside a PyTorch trainer of the same step where PyTorch is installed (pip install torch).
+bench: $(INSTALLED)
+	$(PY) -m benchmarks.bench $(if $(JSON),--json=$(JSON)) $(if $(GRID),--grid=$(GRID)) $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -253,12 +253,12 @@ class StudentEncoder(nn.Module):
 
 
 class Student(nn.Module):
-    """U-shaped network, image (b, 3, h, w) in [0, 1] -> logits (b, h, w); of the JAX student's `heads` it has one."""
+    """U-shaped network, image (b, 3, h, w) in [0, 1] -> logits (b, h, w); of the JAX student's `outputs` it has one."""
 
-    def __init__(self, *, widths, skips, window: int, head_width: int, dropout: float, heads: int = 1, **encoder):
+    def __init__(self, *, widths, skips, window: int, head_width: int, dropout: float, outputs: int = 1, **encoder):
         super().__init__()
-        if heads != 1:
-            raise ValueError(f"Student: heads={heads} is not built in PyTorch")
+        if outputs != 1:
+            raise ValueError(f"Student: outputs={outputs} is not built in PyTorch")
         self.encoder = StudentEncoder(widths=widths, window=window, head_width=head_width, dropout=dropout, **encoder)
         self.bottleneck = nn.Dropout(dropout)
         self.up = nn.ModuleList(

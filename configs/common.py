@@ -35,7 +35,7 @@ def tree() -> ml_collections.ConfigDict:
     c.size = 256  # images are squashed to size x size
     c.student = dict(
         widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "swin", "swin", "swin"),
-        skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1, heads=1,
+        skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1, outputs=1,
     )
     c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
     c.mim = dict(
@@ -135,7 +135,7 @@ METHODS = {
     # Zou et al. 2025: labels alone first; then the average's two heads teach where they differ by less than .2, which
     # is sigma < .2 / sqrt 2 for the deviation of two values.
     "udamt": STUDENT_ONLY | ONE_PASS | {
-        "student.heads": 2, "pseudo.weight": "none", "pseudo.filter": "sigma", "pseudo.tau_u": 0.2 / 2**0.5,
+        "student.outputs": 2, "pseudo.weight": "none", "pseudo.filter": "sigma", "pseudo.tau_u": 0.2 / 2**0.5,
         "loss.wait": 0.2,
     },
 }

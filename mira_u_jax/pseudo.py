@@ -35,7 +35,7 @@ def passes_for(learner: str, source: str, passes: int) -> dict[str, int]:
 
 
 def teacher_passes(network, params, image, key, passes: int):
-    """`passes` stochastic probabilities of each image, (m, b, h, w); m counts every head of every pass. Section 3.1.3.
+    """`passes` stochastic probabilities of each image, (m, b, h, w); m counts every output of every pass. Section 3.1.3.
 
     vmap over examples outside and over keys inside, key = fold_in(key, global example, pass): the masks do not depend on
     the number of devices, nothing is gathered, and what lies before the first dropout is computed once per example.
@@ -43,7 +43,7 @@ def teacher_passes(network, params, image, key, passes: int):
 
     def one(key, image):
         keys = per_example(key, passes)
-        return jax.vmap(lambda k: jax.nn.sigmoid(network.heads(params, image[None], key=k)[:, 0]))(keys)
+        return jax.vmap(lambda k: jax.nn.sigmoid(network.outputs(params, image[None], key=k)[:, 0]))(keys)
 
     p = jax.vmap(one, out_axes=2)(per_example(key, image.shape[0]), image)
     return rearrange(p, "m k b h w -> (m k) b h w")
@@ -63,7 +63,7 @@ def pseudo_labels(state, image, key, *, networks, config, share) -> dict[str, Ps
         if cfg.dropout:
             p = [teacher_passes(networks[n], weights[n], image, named(key, n), m) for n, m in source]
         else:
-            p = [jax.nn.sigmoid(networks[n].heads(weights[n], image)) for n, _ in source]
+            p = [jax.nn.sigmoid(networks[n].outputs(weights[n], image)) for n, _ in source]
         mu, sigma = equations.mean_and_deviation(jnp.concatenate(p))
         w = equations.confidence(sigma, config.pseudo.kappa) if config.pseudo.weight == "confidence" else jnp.ones_like(mu)
         target = {"mu": mu, "hard": equations.f32(mu > 0.5), "paper": w * mu}[config.pseudo.label]

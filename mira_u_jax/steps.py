@@ -45,7 +45,7 @@ class View:
 class Network:
     """network(params, *inputs, key=None): the module as a pure function; a key turns dropout on.
 
-    network.heads(...): the same for the method that gives every head's logits, (k, b, h, w), the first of which predicts.
+    network.outputs(...): the same for the method that gives all logits, (k, b, h, w), the first of which predict.
     """
 
     graphdef: nnx.GraphDef
@@ -53,8 +53,8 @@ class Network:
     def __call__(self, params, *inputs, key=None):
         return nnx.merge(self.graphdef, params)(*inputs, rngs=dropout_of(key))
 
-    def heads(self, params, *inputs, key=None, **options):
-        return nnx.merge(self.graphdef, params).heads(*inputs, rngs=dropout_of(key), **options)
+    def outputs(self, params, *inputs, key=None, **options):
+        return nnx.merge(self.graphdef, params).outputs(*inputs, rngs=dropout_of(key), **options)
 
 
 def dropout_of(key) -> nnx.Rngs | None:
@@ -220,17 +220,17 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
         # 5. The losses; dropout is on in every trained pass.
         loss, parts = 0.0, {}
         for name, network in learners.items():
-            z = network.heads(params[name], x, key=named(key, name))
+            z = network.outputs(params[name], x, key=named(key, name))
             z, z_s = z[:, : y.shape[0]], z[:, y.shape[0] :]
-            part = {"sup": over_heads(
+            part = {"sup": over_outputs(
                 equations.supervised_loss, z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce
             )}
             if semi:
                 part["unsup"] = unsupervised(z_s, strong, name, cfg)
             if semi and name == "student":
-                part["ent"] = over_heads(equations.entropy_loss, z_s, strong.notcut)
+                part["ent"] = over_outputs(equations.entropy_loss, z_s, strong.notcut)
                 if cfg.feature:
-                    z_w = network.heads(params[name], x_w, key=named(key, "feature"), perturb=0.5)
+                    z_w = network.outputs(params[name], x_w, key=named(key, "feature"), perturb=0.5)
                     part["unsup"] *= 1 - cfg.feature
                     part["unsup"] += cfg.feature * unsupervised(z_w, weak, name, cfg)
             loss += equations.total_loss(part["sup"], part.get("unsup", 0.0), part.get("ent", 0.0), beta, cfg.gamma * beta)
@@ -268,14 +268,14 @@ def rows(data, index, name: str) -> dict[str, jax.Array]:
 def unsupervised(z, view: View, learner: str, cfg):
     """Eq. (8) of one learner's logits (k, b, h, w) on a view; the ViT has no weak term. Scalar."""
     label = view.labels[learner]
-    return over_heads(
+    return over_outputs(
         equations.unsupervised_loss, z, label.target, view.p_w, label.w * label.keep * view.notcut,
         lambda_u=cfg.lambda_u, lambda_c=cfg.lambda_c if learner == "student" else 0.0, distance=cfg.distance, norm=cfg.norm,
     )
 
 
-def over_heads(loss, z, *targets, **settings):
-    """Mean of a loss over the heads of z (k, b, h, w)."""
+def over_outputs(loss, z, *targets, **settings):
+    """Mean of a loss over the outputs in z (k, b, h, w)."""
     return jax.vmap(lambda z: loss(z, *targets, **settings))(z).mean()
 
 

@@ -52,12 +52,12 @@ class Student(nnx.Module):
     the last stage is the bottleneck and has no skip. Dropout sits in the Swin blocks, at the bottleneck and in the two
     deepest decoder stages only: what lies before is the same in every Monte Carlo pass and is computed once.
 
-    heads=2 adds an auxiliary head; the first one predicts. `perturb` drops that share of the encoder's channels, the
+    outputs=2 adds an auxiliary head; the first output predicts. `perturb` drops that share of the encoder's channels, the
     feature perturbation of UniMatch (Yang et al. 2023); it needs `rngs`.
     """
 
     def __init__(
-        self, *, widths, stages, skips, window: int, head_width: int, mlp_ratio: int, dropout: float, heads: int = 1,
+        self, *, widths, stages, skips, window: int, head_width: int, mlp_ratio: int, dropout: float, outputs: int = 1,
         rngs: nnx.Rngs,
     ):
         if not len(widths) == len(stages) == len(skips) + 1:
@@ -76,16 +76,16 @@ class Student(nnx.Module):
                 self.skip.append(GateSkip(c, rngs=rngs))
             self.decoder.append(ConvBlock(c, dropout=dropout if i >= len(skips) - 2 else 0.0, rngs=rngs))
         self.out = nnx.Conv(widths[0], 1, (1, 1), rngs=rngs)
-        self.auxiliary = AuxiliaryHead(widths[1], widths[0], rngs=rngs) if heads == 2 else None
+        self.auxiliary = AuxiliaryHead(widths[1], widths[0], rngs=rngs) if outputs == 2 else None
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w
-        return self.heads(image, rngs=rngs)[0]
+        return self.outputs(image, rngs=rngs)[0]
 
-    def heads(self, image, *, perturb: float = 0.0, rngs=None):  # b h w 3 -> k b h w, k heads
+    def outputs(self, image, *, perturb: float = 0.0, rngs=None):  # b h w 3 -> k b h w, k outputs
         features = self.encoder(image, rngs=rngs)
         if perturb:
             if rngs is None:
-                raise ValueError("Student.heads: perturb needs rngs")
+                raise ValueError("Student.outputs: perturb needs rngs")
             channels = nnx.Dropout(perturb, broadcast_dims=(1, 2))
             features = [drop(channels, x, rngs) for x in features]
         *skips, x = features

@@ -55,7 +55,7 @@ class Teacher(nnx.Module):
         self.out = nnx.Conv(head_channels, 1, (1, 1), rngs=rngs)
         self.patch = patch
 
-    def heads(self, image, *, rngs=None):  # b h w 3 -> k b h w with k = 1, as the student's
+    def outputs(self, image, *, rngs=None):  # b h w 3 -> k b h w with k = 1, as the student's
         return self(image, rngs=rngs)[None]
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w

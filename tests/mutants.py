@@ -71,8 +71,8 @@ MUTANTS = [Mutant(*fields) for fields in (
     ("every image has the same dropout", "pseudo.py", "(per_example(key, image.shape[0]), image)",
      "(per_example(key, 1).repeat(image.shape[0]), image)", f"{STEP} -k teacher_passes"),
     ("passes recompute what is the same in all", "pseudo.py",
-     "jax.nn.sigmoid(network.heads(params, image[None], key=k)[:, 0]))(keys)",
-     "jax.nn.sigmoid(network.heads(params, image[None] + 0 * jax.random.uniform(k), key=k)[:, 0]))(keys)",
+     "jax.nn.sigmoid(network.outputs(params, image[None], key=k)[:, 0]))(keys)",
+     "jax.nn.sigmoid(network.outputs(params, image[None] + 0 * jax.random.uniform(k), key=k)[:, 0]))(keys)",
      "tests/networks_test.py -k once_per_image"),
     ("a gradient flows into mu, sigma and w", "pseudo.py",
      "return jax.lax.stop_gradient(PseudoLabel(mu, sigma, w, keep(mu, sigma, config.pseudo, share), "

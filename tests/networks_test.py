@@ -59,16 +59,16 @@ def test_every_parameter_gets_a_gradient(networks, reached_bias_rows):
 def test_heads_have_an_axis_of_their_own(tiny_config, arg, name, k):
     config = tiny_config(arg)
     network, params = steps.make_networks((name,), "train", config)[name], steps.abstract_params(config)[name]
-    out = jax.eval_shape(network.heads, params, jax.ShapeDtypeStruct((3, 64, 32, 3), jnp.float32))
+    out = jax.eval_shape(network.outputs, params, jax.ShapeDtypeStruct((3, 64, 32, 3), jnp.float32))
     assert (out.shape, out.dtype) == ((k, 3, 64, 32), jnp.float32)
 
 
 @pytest.fixture(scope="module")
-def two_heads():
+def two_outputs():
     """(graphdef, params) of a student of three convolution stages, without dropout, with an auxiliary head."""
     make = lambda: Student(  # noqa: E731
         widths=(8, 16, 24), stages=("conv",) * 3, skips=("gate",) * 2, window=4, head_width=8, mlp_ratio=2, dropout=0.0,
-        heads=2, rngs=nnx.Rngs(0),
+        outputs=2, rngs=nnx.Rngs(0),
     )
     graphdef, shapes = nnx.split(nnx.eval_shape(make))
 
@@ -79,15 +79,15 @@ def two_heads():
     return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(shapes))
 
 
-def test_the_first_head_predicts_and_every_head_learns(two_heads):
-    network, params = steps.Network(two_heads[0]), two_heads[1]
+def test_the_first_head_predicts_and_every_head_learns(two_outputs):
+    network, params = steps.Network(two_outputs[0]), two_outputs[1]
     image = RNG.uniform(size=(2, 16, 24, 3)).astype(np.float32)
     mask = (RNG.uniform(size=(2, 16, 24)) > 0.5).astype(np.float32)
 
     @jax.jit
     def everything(params):
         def losses(params):  # one a head
-            heads = network.heads(params, image)
+            heads = network.outputs(params, image)
             return jax.vmap(lambda z: equations.supervised_loss(z, mask))(heads), heads
 
         found, pull, heads = jax.vjp(losses, params, has_aux=True)
@@ -96,7 +96,7 @@ def test_the_first_head_predicts_and_every_head_learns(two_heads):
     losses, heads, logits, grads = jax.device_get(everything(params))
     np.testing.assert_allclose(heads[0], logits, atol=1e-5)
     assert np.abs(heads[1] - heads[0]).mean() > 1e-2  # the second head is another one
-    mean = steps.over_heads(equations.supervised_loss, heads, mask)
+    mean = steps.over_outputs(equations.supervised_loss, heads, mask)
     assert float(mean) == pytest.approx(losses.mean(), rel=1e-5)
     for path, (first, second) in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
@@ -113,16 +113,16 @@ class Spy:
         return inputs[0]
 
 
-def test_perturbation_drops_whole_channels_of_every_feature(two_heads):
+def test_perturbation_drops_whole_channels_of_every_feature(two_outputs):
     """What reaches the skips and the bottleneck, finest first: each channel of an image twice or not at all."""
     features = [RNG.normal(size=shape).astype(np.float32) for shape in ((3, 16, 24, 8), (3, 8, 12, 16), (3, 4, 6, 24))]
 
     @jax.jit
     def seen(key):
         def through(key, **options):
-            student = nnx.merge(two_heads[0], two_heads[1])
+            student = nnx.merge(two_outputs[0], two_outputs[1])
             student.encoder, student.skip, student.bottleneck = lambda *_, **__: features, [Spy(), Spy()], Spy()
-            student.heads(jnp.zeros((3, 16, 24, 3)), rngs=steps.dropout_of(key), **options)
+            student.outputs(jnp.zeros((3, 16, 24, 3)), rngs=steps.dropout_of(key), **options)
             return [spy.seen for spy in (*student.skip, student.bottleneck)]
 
         off = [through(key, perturb=0.0), through(key)]  # 0, and by default
@@ -294,7 +294,7 @@ def test_the_count_sees_a_pass_that_repeats_its_image(networks, name):
 
     def repeated(params, image, key):
         keys = jax.random.split(key, IMAGES * PASSES)
-        one = lambda key, image: network.heads(params, image[None], key=key)  # noqa: E731
+        one = lambda key, image: network.outputs(params, image[None], key=key)  # noqa: E731
         return jax.vmap(one)(keys, jnp.repeat(image, PASSES, axis=0))
 
     assert set(images_by_kernel(network, params, repeated).values()) == {IMAGES * PASSES}

@@ -16,7 +16,7 @@ SHAPE = (2, 9, 11)
 class Noisy:
     """A network whose logits are its parameters, (k, b, h, w) for k heads, plus noise of a key."""
 
-    def heads(self, params, image, *, key=None):
+    def outputs(self, params, image, *, key=None):
         shape = (params.shape[0], *image.shape[:3])
         return jnp.broadcast_to(params, shape) + (0 if key is None else jax.random.normal(key, shape))
 
@@ -113,7 +113,7 @@ def test_two_heads_teach_where_they_differ_by_less_than_a_fifth(tiny_config, net
     def both(phi):
         state = types.SimpleNamespace(ema={"student": phi}, params=None)  # theta is not read
         labels = pseudo.pseudo_labels(state, image, KEY, networks={"student": network}, config=config, share=0.5)
-        return labels["student"], jax.nn.sigmoid(network.heads(phi, image))
+        return labels["student"], jax.nn.sigmoid(network.outputs(phi, image))
 
     label, p = jax.device_get(both(params))
     p = p.astype(float)

@@ -99,7 +99,7 @@ def ingredients(networks, state, data, config, meaning, t):
             k = named(named(key, "passes"), name)
             made[f"passes_{name}"] = pseudo.teacher_passes(networks[name], weights[name], x_w, k, m)
         elif m:
-            made[f"passes_{name}"] = jax.nn.sigmoid(networks[name].heads(weights[name], x_w))
+            made[f"passes_{name}"] = jax.nn.sigmoid(networks[name].outputs(weights[name], x_w))
 
     pixel = jnp.arange(y.size, dtype=jnp.int32).reshape(y.shape)
     boxes = [augment.cutmix(named(key, f"cutmix/{i}"), 1.0, pixel) for i in range(len(strong))]  # which pixel comes here
@@ -107,13 +107,13 @@ def ingredients(networks, state, data, config, meaning, t):
     made |= {"boxes": boxes, "notcut": [notcut for _, notcut in strong]}
     made["x"] = jnp.concatenate([x, *mixed])
     for name in [name for name in networks if not name.endswith("_mim")]:
-        made[f"z_{name}"] = networks[name].heads(state.params[name], made["x"], key=named(key, name))
+        made[f"z_{name}"] = networks[name].outputs(state.params[name], made["x"], key=named(key, name))
     for name in [name for name in networks if name.endswith("_mim")]:
         params = state.params[name] | {"encoder": state.params[name.removesuffix("_mim")]["encoder"]}
         k = named(key, name)
         made[f"rebuilt_{name}"] = networks[name](params, x_w, named(k, "hide"), key=named(k, "dropout"))
     if meaning["feature"]:
-        made["z_w"] = networks["student"].heads(state.params["student"], x_w, key=named(key, "feature"), perturb=0.5)
+        made["z_w"] = networks["student"].outputs(state.params["student"], x_w, key=named(key, "feature"), perturb=0.5)
     return made
 
 
@@ -177,7 +177,7 @@ def test_step_equals_the_algorithms(tiny_config, tiny_data, networks, arg):
     special = {"ablate=alg1": {"mim.joint_weight": JOINT}, "teacher=vit": {"pseudo.tau_u": 0.05}}.get(arg, {})
     config = tiny_config(arg, **{"pseudo.tau_p": TAU_P, "augment.cutmix": 1.0}, **special)
     names, meaning, t = steps.network_names(config), MEANING[arg], 7
-    if config.student.heads == 1 and not config.mim.joint_weight:
+    if config.student.outputs == 1 and not config.mim.joint_weight:
         params = {name: networks[1][name] for name in names}
     else:
         params = steps.init_params(names, "train", config, KEY)
@@ -242,7 +242,7 @@ def test_gradients_are_those_of_constant_labels(tiny_config, tiny_data, networks
     @jax.jit
     def pull_back(params, slopes):
         key = jax.random.fold_in(named(KEY, "train"), t)
-        heads = lambda name: lambda p: nets[name].heads(p, made["x"], key=named(key, name))  # noqa: E731
+        heads = lambda name: lambda p: nets[name].outputs(p, made["x"], key=named(key, name))  # noqa: E731
         grads = {name: jax.vjp(heads(name), params[name])[1](slopes[name])[0] for name in slopes}
         return {f"grad_{name}": optax.global_norm(grad) for name, grad in grads.items()}
 
