@@ -8,6 +8,7 @@ import sys
 import jax
 from absl import flags
 
+from mira_u_jax import cluster
 from mira_u_jax.errors import UserError, exit_status
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -35,7 +36,9 @@ def run(body, *, required: tuple[str, ...] = ()):
     if {"--help", "-h", "-help"} & set(argv):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
         sys.exit(0)
-    sys.exit(exit_status(checked, debug=debug))
+    status = exit_status(checked, debug=debug)
+    cluster.leave(status)
+    sys.exit(status)
 
 
 def plain(error: Exception) -> UserError:
