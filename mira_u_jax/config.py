@@ -72,6 +72,7 @@ RULES = {
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "student.widths": ("integers >= 1", lambda v: not isinstance(v, str) and all(is_int(w) and w >= 1 for w in v)),
     "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
     "student.skips": ("gate or cross, one a width but the last", lambda v: set(v) <= {"gate", "cross"}),
 }
@@ -204,7 +205,7 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
         return ml_collections.FrozenConfigDict(json.loads(path.read_text())["config"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a configuration that main wrote: train again in another --workdir") from None
 
 

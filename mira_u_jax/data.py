@@ -138,11 +138,12 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
         image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
         if image.size != mask.size:
             raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
-        example = Example(stem, common.squash(np.asarray(image.convert("RGB")), size), common.binary_mask(mask, mask_file) > 0)
+        pixels, truth = np.asarray(image.convert("RGB")), common.binary_mask(mask, mask_file) > 0
+        example = Example(stem, common.squash(pixels, size), truth)
         inverted += common.looks_inverted(example.mask)
         yield example
     if inverted > len(pairs) / 2:
-        print(f"warning: in most of {path / 'masks'} the rim is lesion and the middle is not; lesion must be white", flush=True)
+        print(f"warning: in most of {path / 'masks'} the rim is lesion; lesion must be white, skin black", flush=True)
 
 
 def hold_out(labelled: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -93,18 +93,22 @@ def same(a, b):
 
 
 def check_kills(runs: Runs, kills: int, moments: random.Random, whole) -> list[str]:
-    """SIGKILL `kills` times, each at a random moment of a start; returns a line on each."""
-    longest, lines, name = runs.finish("again"), [], ""
-    same(runs.result("again"), whole)  # left alone, the command gives the same twice
+    """SIGKILL `kills` times, each at a random moment; returns a line on each.
+
+    A moment is a step, of those still to come, and up to half a second more, or lies within the first ten seconds of a start.
+    """
+    lines, name = [], ""
     while len(lines) < kills or not (runs.folder / name / "evaluation.json").exists():
         if not name or (runs.folder / name / "evaluation.json").exists():
             name = f"killed{len(lines)}"
         before, process = runs.saved(name), runs.start(name)
-        try:
-            process.wait(timeout=moments.uniform(0, longest) if len(lines) < kills else 900)
-        except subprocess.TimeoutExpired:
+        if len(lines) < kills:
+            rows = moments.randint(len(runs.rows(name)), PRETRAIN + TRAIN)
+            while process.poll() is None and len(runs.rows(name)) < rows:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 10 if rows == len(runs.rows(name)) and moments.random() < 0.2 else 0.5))
             process.send_signal(signal.SIGKILL)
-            process.wait()
+        process.wait(timeout=900)
         assert process.returncode in (0, -signal.SIGKILL), runs.out(name).read_text()
         for stage, step in runs.went_on(name).items():
             assert step == before[stage], f"{name}: {stage} went on from {step}, saved was {before[stage]}"
