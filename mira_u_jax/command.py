@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 
 import jax
 from absl import flags
@@ -36,6 +37,8 @@ def run(body, *, required: tuple[str, ...] = ()):
     if {"--help", "-h", "-help"} & set(argv):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
         sys.exit(0)
+    if not debug:  # orbax's threads raise in the main one too, where it becomes a line
+        threading.excepthook = sys.unraisablehook = lambda _: None
     status = exit_status(checked, debug=debug)
     cluster.leave(status)
     sys.exit(status)

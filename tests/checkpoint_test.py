@@ -1,7 +1,9 @@
 """What a disk can do to a checkpoint, and what the run makes of it. Kills and full disks: kills.py, resume_test.py."""
 
+import contextlib
 import pathlib
 import pickle
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,27 @@ def test_evaluation_takes_the_newest_intact_average_and_removes_nothing(saved, c
     assert "train/3 is damaged" in capsys.readouterr().out and steps_in(saved) == [2, 3]
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load_ema(saved / "other", like)
+
+
+def test_a_disk_that_fills_up_is_an_error_and_costs_no_older_checkpoint(saved):
+    """The kernel refuses to let any file grow beyond a kilobyte, which is what a full disk or a quota looks like."""
+    refused = pytest.raises(Exception, match="(?i)too large|no space|resource")  # of orbax's own kinds
+    with refused, checkpoint.open_manager(saved, "train") as manager, files_of_at_most(1024):
+        checkpoint.save(manager, 4, state_at(4))
+        manager.wait_until_finished()
+    assert 3 in steps_in(saved) and 4 not in steps_in(saved)
+    is_step(restore(saved), 3)
+    assert not list(checkpoint.folder(saved, "train").glob("*tmp*"))  # the half of step 4 is cleaned away
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Bomb:

@@ -237,7 +237,6 @@ CASES = {  # what is wrong -> a function of an empty folder that makes it and gi
     "a checkpoint of pickled payloads": pickled,
     # sources of data
     "nothing to build from": lambda f: (BUILD, ["ph2", f"--data_dir={f}"]),
-    "a data set that is not there": lambda f: (BUILD, ["isic2017"]),
     "a manual_dir that is not there": lambda f: (BUILD, ["isic2016", f"--manual_dir={f}/no", f"--data_dir={f}"]),
     "a zip that is missing": lambda f: isic(f, leave_out=("Test_Data",)),
     "a zip that is cut off": lambda f: zips_but(f, "Training_Data", lambda data: data[: len(data) // 2]),

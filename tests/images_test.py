@@ -1,4 +1,4 @@
-"""Images and masks as cameras, editors and archives store them: what comes out of `decode`. Refused ones: hostile_test.py."""
+"""Images and masks as cameras, editors and archives store them: what `decode` makes of them. Refused: hostile_test.py."""
 
 import io
 

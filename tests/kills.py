@@ -95,7 +95,7 @@ def same(a, b):
 def check_kills(runs: Runs, kills: int, moments: random.Random, whole) -> list[str]:
     """SIGKILL `kills` times, each at a random moment; returns a line on each.
 
-    A moment is a step, of those still to come, and up to half a second more, or lies within the first ten seconds of a start.
+    A moment is a step of those still to come and up to half a second more, or one of the first ten seconds of a start.
     """
     lines, name = [], ""
     while len(lines) < kills or not (runs.folder / name / "evaluation.json").exists():
