@@ -131,10 +131,11 @@ def test_pictures_of_a_run_come_along(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "written"), [(0.12346, ".1235"), (-0.5, "-.5000"), (None, "-"), (0.0, ".0000")]
+    ("value", "as_text"),
+    [(0.12346, ".1235"), (-0.5, "-.5000"), (1.0, "1.00"), (12.346, "12.35"), (None, "-"), (0.0, ".0000")],
 )
-def test_figures(value, written):
-    assert text.figure(value) == written
+def test_figures(value, as_text):
+    assert text.figure(value) == as_text
 
 
 def test_every_row_of_the_paper_has_its_candidates():
