@@ -118,7 +118,7 @@ def listed(groups) -> Table:
     header = ["data", "labels", "method", "label seed", "seed", "Dice", "95% images", "check", "seconds", "hardware",
               "commit"]
     rows = [
-        [heading(g), f"{run.config['frac']:.4g}", g.title, *map(str, run.pair), figure(run.evaluation["dice"]),
+        [heading(g), percent(g), g.title, *map(str, run.pair), figure(run.evaluation["dice"]),
          span(tuple(run.evaluation["ci95"]["dice"])), mark(consistency.verdict(run.evaluation)), f"{run.seconds:.0f}",
          run.hardware, run.commit[:8]]
         for g in groups for run in g.runs
