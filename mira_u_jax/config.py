@@ -69,6 +69,8 @@ RULES = {
     "augment.labelled_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
     "augment.weak_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
     "augment.strong_views": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "evaluation.passes": ("an integer >= 2", lambda v: is_int(v) and v >= 2),
+    "evaluation.flips": ("True or False", lambda v: isinstance(v, bool)),
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
