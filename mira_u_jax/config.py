@@ -25,6 +25,7 @@ RULES = {
     "data.stream": ("auto, true or false", lambda v: str(v).lower() in ("auto", "true", "false")),
     "data.limit_gb": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "data.threads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "mesh.cpu_devices": ("auto or an integer >= 1", lambda v: v == "auto" or is_int(v) and v >= 1),
     "mesh.fsdp": ("True or False", lambda v: isinstance(v, bool)),
     "train.keep": ("an integer >= 2, as the newest checkpoint may be damaged", lambda v: is_int(v) and v >= 2),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),

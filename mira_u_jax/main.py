@@ -13,7 +13,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from mira_u_jax import cluster, command, config, evaluate, train
+from mira_u_jax import cluster, command, config, evaluate, sharding, train
 from mira_u_jax.errors import UserError
 from mira_u_jax.workdir import claimed
 
@@ -32,6 +32,8 @@ def main():
             raise UserError(f"--config.{name} comes too late to set what it stands for: write --config=FILE:{name}=...")
     resolved = config.check(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value or f"runs/{resolved.name}-{config.fingerprint(resolved)}")
+    if PROCESSES.value is None and not cluster.launched():
+        sharding.use_cores(resolved)
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=TIMEOUT.value)
     cluster.say(f"workdir {workdir}")
     with claimed(workdir) if cluster.first() else contextlib.nullcontext():

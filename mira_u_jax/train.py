@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import itertools
-import os
 import pathlib
 import platform
 import subprocess
@@ -212,9 +211,5 @@ def facts() -> dict:
     return {
         "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else ""),
         "versions": versions | {"python": platform.python_version()},
-        "hardware": f"{jax.device_count()} x {device.platform} ({kind}), {cpu_count()} CPU cores",
+        "hardware": f"{jax.device_count()} x {device.platform} ({kind}), {sharding.cpu_count()} CPU cores",
     }
-
-
-def cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
