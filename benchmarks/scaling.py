@@ -85,6 +85,8 @@ def compiled_step(config, devices: int):
     step = functools.partial(
         steps.train_step, networks=steps.make_networks(names, "train", config), tx=tx, config=config, steps=100, epoch=50
     )
+    if config.mesh.fsdp:
+        step = sharding.gathering(step, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole))
     return step.lower(jax.tree.map(shaped, state, layout), images, index, key).compile(), theta
 

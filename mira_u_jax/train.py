@@ -155,6 +155,12 @@ class Run:
         layout = sharding.layout(jax.eval_shape(init, params), self.mesh, fsdp=self.config.mesh.fsdp)
         return jax.jit(init, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0})(params), layout
 
+    def compiled(self, step_fn, layout):
+        """The step as the loop calls it; the state lies as `layout` says, before and after."""
+        if self.config.mesh.fsdp:
+            step_fn = sharding.gathering(step_fn, self.mesh)
+        return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+
     def stage(self, name, *, total, epoch, images, params, tx, step_fn, batches, after=None, draw=None) -> steps.TrainState:
         """Run one stage to `total` steps, from its newest checkpoint if there is one. Preempted when told to leave."""
         cfg = self.config.train
@@ -163,7 +169,7 @@ class Run:
             for what in ("log", "save", "figures")
         }
         state, layout = self.start(params, tx)
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+        step_fn = self.compiled(step_fn, layout)
         with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager, Notice() as leave:
             state = checkpoint.restore(manager, state) or state
             first = int(state.step)

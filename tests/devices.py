@@ -52,7 +52,7 @@ class Probe(train.Run):
         tx = optax.chain(record(), tx)
         state, layout = self.start(params, tx)
         step_fn = functools.partial(step_fn.func, **step_fn.keywords | {"tx": tx})
-        step = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+        step = self.compiled(step_fn, layout)
         batches, found = batches(0), {}
         arrays, index = next(batches)
         step = step.lower(state, arrays, index, self.key).compile()
