@@ -56,6 +56,7 @@ class Run:
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         streamed = data.streamed(config.data, dataset.rows)
         self.resident = None if streamed else sharding.everywhere(dataset.rows.take(dataset.unlabelled), mesh)
+        cluster.meet("data")
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
         """Stage 1, masked image modelling on the pool, `total` steps."""
@@ -178,6 +179,10 @@ class Run:
             logger = Logger(self.workdir, name, step=first, steps=total, images_per_step=images)
             started = time.perf_counter()
             for step, (arrays, index) in zip(range(first, total), batches(first), strict=False):
+                if step == first and jax.process_count() > 1:
+                    # gloo waits 30 s for the others at a program's first collective, and one may compile for longer.
+                    step_fn = step_fn.lower(state, arrays, index, self.key).compile()
+                    cluster.meet(f"{name} is compiled")
                 state, measured = step_fn(state, arrays, index, self.key)
                 logger.add(measured)
                 done, last = step + 1, step + 1 == total
