@@ -113,7 +113,8 @@ def main():
 
     step, theta = lower(1)
     flops = step.cost_analysis()["flops"]
-    print(f"preset {args.preset}, {args.batch} + {args.batch} images a device: {flops / 1e9:.1f} Gflop, theta {theta / 1e6:.2f} MB")
+    images = f"{args.batch} + {args.batch} images a device"
+    print(f"preset {args.preset}, {images}: {flops / 1e9:.1f} Gflop, theta {theta / 1e6:.2f} MB", flush=True)
     for devices in meshes:
         sizes = by_kind(collectives(lower(devices)[0].compile().as_text()))
         said = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes.items()) or "none"
