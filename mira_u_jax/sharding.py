@@ -69,6 +69,19 @@ def layout(tree, mesh: Mesh, *, fsdp: bool):
     return jax.tree.map(rule, tree)
 
 
+def gathering(step, mesh: Mesh):
+    """`step` on a state spread by FSDP: inside, theta and phi are whole, each array gathered where it is first used.
+
+    Without it XLA spreads activations after the parameters, by heads and channels, and copies them to and fro.
+    """
+
+    def gathered(state, *inputs):
+        whole = jax.lax.with_sharding_constraint({"params": state.params, "ema": state.ema}, replicated(mesh))
+        return step(state.replace(**whole), *inputs)
+
+    return gathered
+
+
 def share(mesh: Mesh, batch: int) -> slice:
     """Which part of a global batch lies on this process's devices."""
     places = batched(mesh).addressable_devices_indices_map((batch,)).values()

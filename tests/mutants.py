@@ -197,6 +197,22 @@ MUTANTS = [Mutant(*fields) for fields in (
      "tests/grid_test.py -k left_alone"),
     ("every row is possible", "consistency.py", "if by > EXACT]", "if by > 1]",
      "tests/consistency_test.py -k catches"),
+    ("a damaged checkpoint is believed", "checkpoint.py", "        if not wrong:", "        if step:",
+     "tests/checkpoint_test.py -k gives_way"),
+    ("a checksum without places", "checkpoint.py", "(2 * places[shard.index] + 1)", "(1 + 0 * places[shard.index])",
+     "tests/checkpoint_test.py -k every_word"),
+    ("none intact is none there", "checkpoint.py", "    if steps:\n        raise", "    if not steps:\n        raise",
+     "tests/checkpoint_test.py -k none_is_intact"),
+    ("a resumed stream starts again", "data.py", "(self.first + step) * self.batch", "step * self.batch",
+     "tests/data_test.py -k gives_the_batches"),
+    ("every process reads the first share", "data.py", "+ self.places[place]", "+ place",
+     "tests/properties_test.py -k shares_of_all"),
+    ("FSDP spreads the first axis that fits", "sharding.py", "longest = max(fitting", "longest = min(fitting",
+     "tests/sharding_test.py -k rule"),
+    ("a workdir is never locked", "workdir.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+     "tests/workdir_test.py -k second"),
+    ("told to leave, and stays", "preemption.py", "        self.told = True", "        self.told = False",
+     "tests/workdir_test.py -k sigterm"),
 )]
 
 
