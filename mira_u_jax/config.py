@@ -12,7 +12,7 @@ FILTERS = ("sigma", "probability", "entropy")
 TRANSPORT = ("data_dir", "data")  # top-level keys that change no result: where data lie and how they are read
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
-NAMES = ("isic2016", "ph2", "synthetic_lesions")
+NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
 RULES = {
     "dataset": (f"one of {', '.join(NAMES)}", lambda v: v in NAMES),
     "test": (f"one of {', '.join(NAMES)}", lambda v: v in NAMES),
@@ -24,6 +24,11 @@ RULES = {
     "data.stream": ("auto, true or false", lambda v: str(v).lower() in ("auto", "true", "false")),
     "data.limit_gb": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "data.threads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "files.images": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.masks": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.extra": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.holdout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "files.skip": ("0 or 1", lambda v: v in (0, 1)),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
     "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
@@ -136,6 +141,12 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
     if (config.mim.steps or config.mim.joint_weight) and config.mim.target == "vit" and config.teacher.source == "ema":
         raise UserError("config key mim.target=vit: with teacher.source=ema there is no ViT; say student, or mim.steps=0")
+    if config.dataset == "folder" and not (config.files.images and config.files.masks):
+        raise UserError("config keys images and masks: write --config=configs/folder.py:images=DIR,masks=DIR")
+    if config.dataset == "folder" and config.split == "dev":
+        raise UserError("config key split=dev: a folder has no development part; holdout says what is measured on")
+    if config.files.extra and config.dataset != "isic2016":
+        raise UserError("config key extra: it adds images to isic2016; a folder's images need only lie in it")
     for key in ("train.steps", "mim.steps", "ema.every"):
         steps_of(get(config, key), epoch=1, key=key)
     if not steps_of(config.ema.every, epoch=10**6):
@@ -150,6 +161,11 @@ def get(config, dotted: str):
     for name in dotted.split("."):
         config = config[name]
     return config
+
+
+def outlined(config) -> bool:
+    """Whether every image of the pool has an outline, hidden or not, with which a report may compare."""
+    return config.dataset != "folder" and not config.files.extra
 
 
 def update(config, changes: dict):
