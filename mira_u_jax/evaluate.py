@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mira_u_jax import checkpoint, command, config, data, figures, metrics, steps
+from mira_u_jax import checkpoint, command, config, data, figures, metrics, steps, trained, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
 from tfds_builders import common
@@ -63,7 +63,9 @@ def evaluate(workdir, name: str, *, data_dir: str = "", split: str = "", network
     if not counts:
         raise UserError(f"--dataset={name}: no images to evaluate")
     label = data.DATASETS.get(name, name)
-    cases(pathlib.Path(workdir) / "figures" / f"{pathlib.Path(label).name}_{split}_{network}.png", seen, counts)
+    kept = f"{pathlib.Path(label).name}_{split}_{network}"
+    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", seen, counts)
+    keep_worst(pathlib.Path(workdir) / "cases" / kept, seen, counts, params, networks[network])
     return {"dataset": label, "split": split, "network": network} | metrics.summary(np.stack(counts))
 
 
@@ -81,6 +83,22 @@ def cases(path, seen, counts, *, each: int = 2):
     figures.panel(path, columns, [f"{name}\nDice {dice[i]:.3f}" for name, i in zip(ids, picked, strict=True)])
 
 
+def keep_worst(folder, seen, counts, params, network, *, batch: int = 8):
+    """The images with the lowest Dice, with sigma, for report's page; seen as for `cases`."""
+    scores = metrics.scores(np.stack(counts))
+    picked = np.argsort(scores["dice"], kind="stable")[: worst.KEPT]
+    _, images, truths, logits = zip(*(seen[i] for i in picked), strict=True)
+    images, look = np.stack(images), jax.jit(functools.partial(trained.look, network=network))
+    padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), np.uint8)])
+    sigma = [jax.device_get(look(params, padded[i : i + batch])["sigma"]) for i in range(0, len(padded), batch)]
+    maps = {
+        "image": images, "truth": np.stack(truths) / 255, "prediction": 1 / (1 + np.exp(-np.stack(logits))),
+        "sigma": np.concatenate(sigma)[: len(images)],
+    }
+    kept = {name: scores[name] for name in ("dice", "iou", "precision", "recall")}
+    worst.write(folder, [id for id, *_ in seen], kept, picked, maps)
+
+
 def table(result: dict) -> str:
     """The evaluation object as text."""
     lines = [f"{result['dataset']} {result['split']}: {result['images']} images, {result['missed']} lesions missed"]
@@ -96,11 +114,15 @@ def finish(workdir):
     """
     workdir, settings = pathlib.Path(workdir), config.load(workdir)
     name = settings.dataset if settings.split == "dev" else settings.test
+    if name == "folder" and not data.measurable(settings):
+        print("no outlined image is held out (holdout): nothing is measured", flush=True)
+        return
     result = evaluate(workdir, name, split=settings.split)
     write(workdir / "evaluation.json", result)
     (workdir / "evaluation.txt").write_text(table(result) + "\n")
     run = json.loads((workdir / "config.json").read_text())
-    del run["config"]["data_dir"]  # where data lie is nobody else's business
+    for key in ("data_dir", "files"):  # where data lie is nobody else's business
+        run["config"].pop(key, None)
     seconds = round(Logger.seconds(workdir))
     write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})
     print(table(result), flush=True)

@@ -169,7 +169,7 @@ class Run:
                 if done % every["save"] == 0 or last:
                     checkpoint.save(manager, done, state)
                 if draw and (done % every["figures"] == 0 or last):
-                    draw(done, state)
+                    logger.picture(done, draw(done, state))
             manager.wait_until_finished()
             if first < total:
                 print(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s", flush=True)
