@@ -83,7 +83,7 @@ NARROW = {
     "mim.decoder.channels": 64, "mim.decoder.depth": 1, "mim.decoder.heads": 2,
 }
 
-PRESETS = {
+PRESETS: dict[str, dict] = {
     # each stage a few steps: seconds, to see that everything runs
     "smoke": NARROW | {
         "size": 32, "student.widths": (8, 8, 16, 16, 16), "student.head_width": 8, "vit.channels": 32, "vit.depth": 1,
@@ -124,7 +124,7 @@ FIXMATCH = STUDENT_ONLY | ONE_PASS | {
     "loss.ramp": 0.0,
 }
 
-METHODS = {
+METHODS: dict[str, dict] = {
     "mira_u": {},
     # Eq. (7) alone. No unlabelled image is read, so no masked image modelling either.
     "supervised": {"loss.beta": 0.0, "mim.steps": 0},
@@ -149,7 +149,7 @@ METHODS = {
     },
 }
 
-ABLATIONS = {
+ABLATIONS: dict[str, dict] = {
     # Table 5
     "no_uncertainty": {"pseudo.weight": "none", "pseudo.filter": "none"},
     "no_mim": {"mim.steps": 0},

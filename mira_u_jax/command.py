@@ -40,7 +40,7 @@ def run(body, *, required: tuple[str, ...] = ()):
 
 def plain(error: Exception) -> UserError:
     """What flag parsing raised, as one line: our own message where a configuration file raised it, else the last cause."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     ours = [e for e in chain if isinstance(e, UserError)]

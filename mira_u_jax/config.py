@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import ml_collections
 
@@ -98,7 +99,7 @@ def check_value(key: str, value):
         raise UserError(f"config key {key}={value!r}: it must be {wanted}")
 
 
-def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, object]:
+def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, Any]:
     """`key=value,key=value` after the colon of --config=FILE:... as a dict of the keys given.
 
     `spec` maps each allowed key to an example of its type (int, float, str). Unknown keys and values of another type raise
@@ -110,7 +111,7 @@ def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, object]:
         key = key.strip()
         if key not in spec:
             raise UserError(f"config key {key!r} is unknown: the keys are {', '.join(spec)}")
-        kind = type(spec[key])
+        kind: type = type(spec[key])
         try:
             if not equals:
                 raise ValueError

@@ -87,12 +87,13 @@ def keep_worst(folder, seen, counts, params, network, *, batch: int = 8):
     """The images with the lowest Dice, with sigma, for report's page; seen as for `cases`."""
     scores = metrics.scores(np.stack(counts))
     picked = np.argsort(scores["dice"], kind="stable")[: worst.KEPT]
-    _, images, truths, logits = zip(*(seen[i] for i in picked), strict=True)
-    images, look = np.stack(images), jax.jit(functools.partial(trained.look, network=network))
+    images = np.stack([seen[i][1] for i in picked])
+    truths, logits = (np.stack([seen[i][part] for i in picked]) for part in (2, 3))
+    look = jax.jit(functools.partial(trained.look, network=network))
     padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), np.uint8)])
     sigma = [jax.device_get(look(params, padded[i : i + batch])["sigma"]) for i in range(0, len(padded), batch)]
     maps = {
-        "image": images, "truth": np.stack(truths) / 255, "prediction": 1 / (1 + np.exp(-np.stack(logits))),
+        "image": images, "truth": truths / 255, "prediction": 1 / (1 + np.exp(-logits)),
         "sigma": np.concatenate(sigma)[: len(images)],
     }
     kept = {name: scores[name] for name in ("dice", "iou", "precision", "recall")}

@@ -48,8 +48,8 @@ def _expand(name: str, listed: bool = False) -> list[common.File]:
         return [common.File(_Folder(path.parent), path.name)]
     if not found:
         raise UserError(f"--input: {name} does not exist (for several, give --input more than once, a glob in quotes or -)")
-    found = [pathlib.Path(one) for one in found if "__MACOSX" not in pathlib.Path(one).parts]
-    return [file for one in found if one.is_dir() or is_image(one.name) for file in _expand(str(one))]
+    shown = [one for one in found if "__MACOSX" not in pathlib.Path(one).parts]
+    return [file for one in shown if pathlib.Path(one).is_dir() or is_image(one) for file in _expand(one)]
 
 
 class _Folder(common.Source):

@@ -60,8 +60,7 @@ class Logger:
                     f"{self.stage}: the loss is not finite at step {step - len(rows) + 1 + i} (gradient norms: {norms});"
                     " lower optim.lr, or look at the images of that step"
                 )
-        mean = {name: mean_of([row[name] for row in rows]) for name in rows[0]}
-        mean = {name: value for name, value in mean.items() if value is not None}
+        mean = {name: value for name in rows[0] if (value := mean_of([row[name] for row in rows])) is not None}
         done, then = self.since
         seconds = time.perf_counter() - then
         speed = (step - done) * self.images_per_step / max(seconds, 1e-9)

@@ -39,11 +39,10 @@ class Item:
     """One image on its way: pixels (h, w, 3) uint8, square (s, s, 3) uint8, maps as trained.look's, (s, s) each."""
 
     id: str
-    pixels: np.ndarray | None = None
-    square: np.ndarray | None = None
-    maps: dict[str, np.ndarray] | None = None
-    seconds: float = 0.0  # its own reading, its share of the batch, its writing
-    error: str = ""
+    pixels: np.ndarray
+    square: np.ndarray
+    seconds: float  # its own reading, its share of the batch, its writing
+    maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def predict(workdir, files: dict[str, common.File], output, *, passes: int, batch: int, threads: int, network="student"):
@@ -62,12 +61,12 @@ def predict(workdir, files: dict[str, common.File], output, *, passes: int, batc
     failed, progress = {}, Progress(len(files))
 
     def good(items):
-        for item in items:
-            if item.error:
-                failed[item.id] = item.error
-                progress.add()
-            else:
+        for id, item in items:
+            if isinstance(item, Item):
                 yield item
+            else:
+                failed[id] = str(item)
+                progress.add()
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, (output / "predictions.csv").open("w", newline="") as f:
         table = csv.writer(f)
@@ -97,14 +96,14 @@ def ahead(pool, function, items, count: int):
         yield queue.popleft().result()
 
 
-def read_item(named, *, size: int) -> Item:
-    """Item of (id, file), decoded and squashed; its error says why it could not be."""
+def read_item(named, *, size: int) -> tuple[str, Item | DataError]:
+    """(id, Item) of (id, file), decoded and squashed; instead of the Item why it could not be."""
     started, (id, file) = time.perf_counter(), named
     try:
         pixels = inputs.pixels(file)
-        return Item(id, pixels, common.squash(pixels, size), seconds=time.perf_counter() - started)
+        return id, Item(id, pixels, common.squash(pixels, size), time.perf_counter() - started)
     except DataError as error:
-        return Item(id, error=str(error))
+        return id, error
 
 
 def look(step, params, items, batch: int):

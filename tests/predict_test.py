@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mira_u_jax import inputs, predict, steps, trained
 from mira_u_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
+QUICK = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes longest
 PH2 = ROOT.parent / "shared" / "data" / "ph2_sample"
 
 
@@ -235,7 +237,8 @@ def test_the_command(smoke_run, tmp_path):
     def call(lines):
         command = [sys.executable, "-m", "mira_u_jax.predict", f"--workdir={smoke_run}", "--input=-"]
         command.append(f"--output={tmp_path / 'out'}")
-        return subprocess.run(command, input="\n".join(map(str, lines)), capture_output=True, text=True, cwd=ROOT)
+        text = "\n".join(map(str, lines))
+        return subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, env=QUICK)
 
     done = call(files)
     assert done.returncode == 0, done.stderr

@@ -246,7 +246,7 @@ CONFIGS = [
 ]
 
 
-class LesionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class LesionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders: configs, features, array_record files, and the memory of what they were built from.
 
     A subclass sets OFFICIAL (split -> number of images in the complete data set) and defines `_info`,
