@@ -168,6 +168,7 @@ thead button { border: 0; padding: 0; font-weight: 600; text-decoration: underli
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 img, svg { max-width: 100%; height: auto; display: block; }
+img { outline: 1px solid var(--line); }
 svg text { font-size: 10px; fill: currentColor; }
 polyline { fill: none; stroke-width: 1.5; }
 .axis { fill: none; stroke: currentColor; opacity: .4; }
