@@ -24,8 +24,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export(workdir, output, *, passes: int = trained.PASSES, network: str = "student") -> jax.export.Exported:
     """Write `output`, its .safetensors and its .md; returns the program.
 
-    Its call takes images (n, s, s, 3) uint8 and gives {"probability", "sigma"}, (n, s, s) float32: the averaged network's
-    without dropout, and the deviation of `passes` dropout passes as trained.look's. Raises UserError.
+    Its call takes images (n, s, s, 3) uint8 and gives {"probability", "logit", "sigma"}, (n, s, s) float32: the averaged
+    network's without dropout, and the deviation of `passes` dropout passes as trained.look's. Raises UserError.
     """
     output = pathlib.Path(output)
     if output.suffix in (".safetensors", ".md", "") or output.is_dir():
@@ -37,7 +37,7 @@ def export(workdir, output, *, passes: int = trained.PASSES, network: str = "stu
     @jax.jit
     def program(image):
         found = trained.look(params, image, network=network, passes=passes)
-        return {"probability": jax.nn.sigmoid(found["logits"]), "sigma": found["sigma"]}
+        return {"probability": jax.nn.sigmoid(found["logits"]), "logit": found["logits"], "sigma": found["sigma"]}
 
     (n,) = jax.export.symbolic_shape("n")
     exported = jax.export.export(program, platforms=PLATFORMS)(jax.ShapeDtypeStruct((n, size, size, 3), np.uint8))
@@ -70,9 +70,9 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     rows = {
         "network": f"the averaged {network} of a `{settings.method}` run, {parameters:,} parameters, float32",
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
-        "output": f"`probability` of lesion, dropout off; `sigma`, the deviation of {passes} dropout passes; "
+        "output": f"`probability` of lesion and its `logit`, dropout off; `sigma`, the deviation of {passes} dropout passes; "
         f"`float32 (n, {s}, {s})`",
-        "mask": "resize the logit of `probability` to the photograph (bilinear, half-pixel centres), lesion where it is > 0",
+        "mask": "resize `logit` to the photograph (bilinear, half-pixel centres), lesion where it is > 0",
         "trained on": f"{DATA[settings.dataset]}; outlines of {100 * settings.frac:g}% of them used, label seed "
         f"{settings.label_seed}, seed {settings.seed}",
         "commit": run.get("commit") or "unknown", "versions": versions,

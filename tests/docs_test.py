@@ -86,8 +86,8 @@ def test_the_commands_of_usage_run(smoke_run, synthetic_data_dir, tmp_path):
     assert call(sys.executable, "-c", reuse).split() == ["400", "200", "40", "(128,", "128,", "3)"]
     read = "\n".join(re.findall(r"^    ((?:builder|train) = .*)$", text, re.MULTILINE))
     read = read.replace("DATA_DIR", synthetic_data_dir)
-    elsewhere = (  # where neither our code nor TensorFlow can be imported
-        "import sys; sys.modules['tfds_builders'] = sys.modules['tensorflow'] = None\n"
+    elsewhere = (  # where our code cannot be imported
+        "import sys; sys.modules['tfds_builders'] = sys.modules['mira_u_jax'] = None\n"
         f"import tensorflow_datasets as tfds\n{read}\nprint(len(train), train[3]['mask'].shape)"
     )
     assert call(sys.executable, "-c", elsewhere).split() == ["400", "(128,", "128,", "1)"]

@@ -51,6 +51,7 @@ def test_the_file_gives_the_same_without_our_package(smoke_run, tmp_path, tiny_d
         assert found["probability"].shape == found["sigma"].shape == (count, 32, 32)
         np.testing.assert_allclose(found["probability"], jax.nn.sigmoid(own["logits"]), atol=1e-5)
         np.testing.assert_allclose(found["sigma"], own["sigma"], atol=1e-5)
+        np.testing.assert_allclose(found["logit"], own["logits"], atol=1e-4)
         assert found["probability"].std() > 1e-3
 
     weights = safetensors.numpy.load_file(tmp_path / "out" / "lesion.safetensors")
