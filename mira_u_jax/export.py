@@ -72,7 +72,7 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
         "output": f"`probability` of lesion and its `logit`, dropout off; `sigma`, the deviation of {passes} dropout passes; "
         f"`float32 (n, {s}, {s})`",
-        "mask": "resize `logit` to the photograph (bilinear, half-pixel centres), lesion where it is > 0",
+        "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0",
         "trained on": f"{DATA[settings.dataset]}; outlines of {100 * settings.frac:g}% of them used, label seed "
         f"{settings.label_seed}, seed {settings.seed}",
         "commit": run.get("commit") or "unknown", "versions": versions,
