@@ -70,7 +70,7 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     rows = {
         "network": f"the averaged {network} of a `{settings.method}` run, {parameters:,} parameters, float32",
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
-        "output": f"`probability` of lesion and its `logit`, dropout off; `sigma`, the deviation of {passes} dropout passes; "
+        "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout passes; "
         f"`float32 (n, {s}, {s})`",
         "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0",
         "trained on": f"{DATA[settings.dataset]}; outlines of {100 * settings.frac:g}% of them used, label seed "
