@@ -54,8 +54,10 @@ def tree() -> ml_collections.ConfigDict:
     )
     c.train = dict(
         steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
-        log_every=50, save_every="5%", figures_every="20%", keep=1,
+        log_every=50, save_every="5%", figures_every="20%",
+        keep=2,  # checkpoints: an older one for the day when the newest is damaged
     )
+    c.mesh = dict(fsdp=False)  # true: parameters, averages and moments are spread over the devices
     c.optim = dict(
         lr=1e-3, weight_decay=0.05, clip=1.0, warmup=0.05, schedule="cosine",
         # schedule=plateau: a share of the LABELLED images validates; patience counts validations
@@ -74,6 +76,10 @@ def tree() -> ml_collections.ConfigDict:
         labelled_colour=0.5, weak_colour=0.2, strong_views=1, strong_ops=2, strong_magnitude=9.0,
         cutout=0.15, cutmix=0.5,
     )
+    c.evaluation = dict(  # of every method alike
+        passes=8,  # dropout passes behind its sigma and its calibrated p
+        flips=False,  # masks from the mean over the four flips of an image
+    )
     return c
 
 
@@ -89,6 +95,7 @@ PRESETS: dict[str, dict] = {
         "size": 32, "student.widths": (8, 8, 16, 16, 16), "student.head_width": 8, "vit.channels": 32, "vit.depth": 1,
         "vit.hidden": 64, "vit.patch": 4, "mim.decoder.channels": 32, "mim.steps": 4, "mim.batch": 4, "train.steps": 6,
         "train.batch": 4, "train.log_every": 2, "train.save_every": 3, "train.figures_every": 3, "teacher.passes": 4,
+        "evaluation.passes": 2,
     },
     # 64 px on two CPU cores, minutes
     "cpu": NARROW | {

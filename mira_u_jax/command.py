@@ -4,29 +4,37 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 
 import jax
 from absl import flags
 
+from mira_u_jax import cluster
 from mira_u_jax.errors import UserError, exit_status
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
-def run(body, *, required: tuple[str, ...] = ()):
-    """Parse the command line, call body() and exit with its status (errors.py). `required`: flags that must be given."""
+def run(body, *, required: tuple[str, ...] = (), rest: str = ""):
+    """Parse the command line, call body() and exit with its status (errors.py).
+
+    required: flags that must be given; rest: the flag of several values that also takes what follows without a flag.
+    """
     argv, debug = sys.argv, "--debug" in sys.argv
 
     def checked():
         try:
-            rest = flags.FLAGS(argv)
+            flags.FLAGS.set_gnu_getopt(bool(rest))  # flags may follow what is not one
+            words = flags.FLAGS(argv)[1:]
             missing = [name for name in required if getattr(flags.FLAGS, name) is None]
             if "config" in required and not missing:
                 flags.FLAGS.config["name"]  # a file that could not be loaded raises only when it is read
         except Exception as error:  # absl and ml_collections raise a dozen kinds for a wrong flag, file, key or value
             raise plain(error) from error
-        if len(rest) > 1:
-            raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
+        if rest and getattr(flags.FLAGS, rest):
+            setattr(flags.FLAGS, rest, [*getattr(flags.FLAGS, rest), *words])
+        elif words:
+            raise UserError(f"argument {words[0]!r} is not a flag (see --help)")
         if missing:
             raise UserError(f"--{missing[0]} is required (see --help)")
         set_up()
@@ -35,7 +43,12 @@ def run(body, *, required: tuple[str, ...] = ()):
     if {"--help", "-h", "-help"} & set(argv):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
         sys.exit(0)
-    sys.exit(exit_status(checked, debug=debug))
+    if not debug:  # orbax's threads raise in the main one too, where it becomes a line
+        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
+    status = exit_status(checked, debug=debug)
+    cluster.leave(status)
+    sys.exit(status)
 
 
 def plain(error: Exception) -> UserError:

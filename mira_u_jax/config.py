@@ -10,7 +10,9 @@ import ml_collections
 from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
-TRANSPORT = ("data_dir", "data")  # top-level keys that change no result: where data lie and how they are read
+FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
+# Keys, and branches of keys, that change no result: where data and parameters lie, what is kept.
+TRANSPORT = ("data_dir", "data", "mesh", "train.keep")
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
@@ -30,6 +32,8 @@ RULES = {
     "files.extra": ("the path of a folder", lambda v: isinstance(v, str)),
     "files.holdout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "files.skip": ("0 or 1", lambda v: v in (0, 1)),
+    "mesh.fsdp": ("True or False", lambda v: isinstance(v, bool)),
+    "train.keep": ("an integer >= 2, as the newest checkpoint may be damaged", lambda v: is_int(v) and v >= 2),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
     "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
@@ -72,9 +76,12 @@ RULES = {
     "augment.labelled_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
     "augment.weak_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
     "augment.strong_views": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "evaluation.passes": ("an integer >= 2", lambda v: is_int(v) and v >= 2),
+    "evaluation.flips": ("True or False", lambda v: isinstance(v, bool)),
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "student.widths": ("integers >= 1", lambda v: not isinstance(v, str) and all(is_int(w) and w >= 1 for w in v)),
     "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
     "student.skips": ("gate or cross, one a width but the last", lambda v: set(v) <= {"gate", "cross"}),
 }
@@ -203,8 +210,24 @@ def steps_of(value, *, epoch: int, total: int | None = None, key: str = "steps")
 
 def fingerprint(config) -> str:
     """Eight hex digits of what decides a run's result; where the data lie and how they are read does not."""
-    tree = {k: v for k, v in json.loads(config.to_json()).items() if k not in TRANSPORT}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def decides(config) -> dict:
+    """The leaves that decide a run's result. `files` only where it names a folder: older runs go on without it."""
+    leaves = {k: v for k, v in flat(config).items() if not is_transport(k)}
+    own = any(leaves.get(f"files.{name}") for name in FOLDERS)
+    return {k: v for k, v in leaves.items() if own or not k.startswith("files.")}
+
+
+def without_paths(files: dict) -> dict:
+    """The branch `files` of a configuration, as dict, without saying where a folder lies; {} where it names none."""
+    given = {name: bool(files.get(name)) for name in FOLDERS}
+    return files | given if any(given.values()) else {}
+
+
+def is_transport(dotted: str) -> bool:
+    return any(f"{dotted}.".startswith(f"{key}.") for key in TRANSPORT)
 
 
 def load(workdir) -> ml_collections.FrozenConfigDict:
@@ -214,7 +237,7 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
         return ml_collections.FrozenConfigDict(json.loads(path.read_text())["config"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a configuration that main wrote: train again in another --workdir") from None
 
 
@@ -222,8 +245,8 @@ def save(config, workdir, facts: dict):
     """Write DIR/config.json; refuse a workdir that holds a run of another configuration."""
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        old, new = flat(load(workdir)), flat(config)
-        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k.split(".")[0] not in TRANSPORT)
+        old, new = decides(load(workdir)), decides(config)
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if differ:
             k = differ[0]
             raise UserError(

@@ -2,128 +2,176 @@
 
     python -m mira_u_jax.evaluate --workdir=DIR --dataset=isic2016|ph2|synthetic|FOLDER [--data_dir=DIR] [--json=FILE]
 
-FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation.
+FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation. --flips averages the logits over
+the four flips of an image, whatever the run's configuration says.
 """
 
-import functools
-import itertools
+import csv
 import json
 import pathlib
 
-import cv2
-import jax
 import numpy as np
 from absl import flags
+from ml_collections import FrozenConfigDict
+from scipy.special import expit
 
-from mira_u_jax import checkpoint, command, config, data, figures, metrics, steps, trained, worst
+from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, worst
 from mira_u_jax.errors import UserError
+from mira_u_jax.inference import Predictor, at_size
 from mira_u_jax.logger import Logger
 from tfds_builders import common
 
-
-def predict(params, network, examples, *, batch: int = 16):
-    """Yield (example, logits (s, s)) of every example; one compilation, the last batch is padded."""
-    step = jax.jit(functools.partial(steps.eval_step, network=network))
-    for group in batched(examples, batch):
-        image = np.stack([e.image for e in group])
-        padded = np.concatenate([image, np.zeros((batch - len(group), *image.shape[1:]), np.uint8)])
-        yield from zip(group, jax.device_get(step(params, padded))[: len(group)], strict=True)
+LABELLED = 256  # at most so many labelled images fit the temperature
 
 
-def batched(items, count):
-    """Tuples of `count` items, the last may be shorter: itertools.batched of Python 3.12."""
-    items = iter(items)
-    while group := tuple(itertools.islice(items, count)):
-        yield group
+def evaluate(
+    workdir, name: str, *, data_dir: str = "", split: str = "", network: str = "student", flips: bool | None = None,
+    images_csv=None, refit: bool = False,
+) -> dict:
+    """The evaluation object of a run on a data set (its keys: docs/results.md), and its picture in DIR/figures.
 
-
-def at_size(logits: np.ndarray, shape) -> np.ndarray:
-    """Logits (s, s) bilinearly resampled to `shape` (h, w), half-pixel centres."""
-    return cv2.resize(logits, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
-
-
-def evaluate(workdir, name: str, *, data_dir: str = "", split: str = "", network: str = "student") -> dict:
-    """The evaluation object of a run on a data set (DESIGN of the JSON: docs/results.md), and its figure in DIR/figures.
-
-    split: "" is the run's own; network: student, or vit to look at the teacher. Raises UserError, DataError.
+    split: "" is the run's own; network, flips: as Predictor; images_csv: file for the figures of each image; refit: fit the
+    temperature even if DIR/temperature.json has one. Raises UserError, DataError.
     """
-    settings = config.load(workdir)
-    split = split or (settings.split if data.DATASETS.get(name) == settings.dataset else "test")
-    if network not in steps.network_names(settings):
-        raise UserError(f"--network={network}: this run has {', '.join(steps.network_names(settings))}")
-    networks = steps.make_networks(steps.network_names(settings), "train", settings)
-    params = checkpoint.load_ema(workdir, steps.abstract_params(settings))[network]
-    examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir or settings.data_dir)
-    counts, seen = [], []
-    for example, logits in predict(params, networks[network], examples):
-        found = at_size(logits, example.mask.shape) > 0
-        counts.append(metrics.confusion(found, example.mask))
-        truth = common.squash(example.mask.astype(np.uint8) * 255, logits.shape[0])
-        seen.append((example.id, example.image, truth, logits))
-    if not counts:
+    predictor = Predictor(workdir, network, flips)
+    settings, own = predictor.settings, data.DATASETS.get(name) == predictor.settings.dataset
+    split = split or (settings.split if own else "test")
+    data_dir = data_dir or settings.data_dir
+    examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir)
+    rows, tables, seen = [], [], []
+    for example, found in predictor(examples):
+        row, table = measure(found, example.mask)
+        rows.append({"id": example.id} | row)
+        tables.append(table)
+        truth = common.squash(example.mask.astype(np.uint8) * 255, settings.size)
+        seen.append((example.id, example.image, truth, found["logits"], found["sigma"]))
+    if not rows:
         raise UserError(f"--dataset={name}: no images to evaluate")
+    if images_csv:
+        write_rows(images_csv, rows)
     label = data.DATASETS.get(name, name)
-    kept = f"{pathlib.Path(label).name}_{split}_{network}"
-    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", seen, counts)
-    keep_worst(pathlib.Path(workdir) / "cases" / kept, seen, counts, params, networks[network])
-    return {"dataset": label, "split": split, "network": network} | metrics.summary(np.stack(counts))
+    kept = f"{pathlib.Path(label).name}_{split}_{predictor.name}"
+    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", seen, [row["dice"] for row in rows])
+    keep_worst(pathlib.Path(workdir) / "cases" / kept, seen, rows)
+    fitted = temperature(workdir, predictor, data_dir, at_hand=own, refit=refit)
+    found = summary(rows, tables, fitted.get("temperature"))
+    about = {"dataset": label, "split": split, "network": network, "flips": predictor.flips, "passes": predictor.passes}
+    return about | found | {"labelled": fitted}
 
 
-def cases(path, seen, counts, *, each: int = 2):
-    """Draw the best, middle and worst images by Dice; seen: (id, image, truth, logits) of each, all s x s."""
-    dice = metrics.scores(np.stack(counts))["dice"]
-    ranked = np.argsort(-dice, kind="stable")
+def measure(found: dict[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool."""
+    logits, mean, sigma = (at_size(found[name], truth.shape) for name in ("logits", "mean", "sigma"))
+    predicted = logits > 0
+    wrong, band = predicted != truth, boundary.band(predicted)
+    counts = metrics.confusion(predicted, truth)
+    row = {name: float(value) for name, value in metrics.scores(counts).items()}
+    row |= dict(zip(("tp", "fp", "fn", "tn"), counts.tolist(), strict=True)) | boundary.distances(predicted, truth)
+    row["brier"] = float(np.square(expit(mean) - truth).mean())
+    row["ause"], row["ause_entropy"] = calibration.ause(sigma, wrong), calibration.ause(-np.abs(mean), wrong)
+    row["sigma"], row["sigma_band"] = float(sigma.mean()), float(sigma[band].mean()) if band.any() else 0.0
+    tables = {
+        "all": calibration.histogram(mean, truth), "band": calibration.histogram(mean, truth, band),
+        "sigma": calibration.by_sigma(sigma, wrong),
+    }
+    return row, {name: table.astype(np.float32) for name, table in tables.items()}
+
+
+COUNTED = ("tp", "fp", "fn", "tn")
+AVERAGED = (
+    "hd95", "assd", "hd95_px512", "assd_px512", "boundary_f1", "brier", "ause", "ause_entropy", "sigma", "sigma_band",
+)
+
+
+def summary(rows: list[dict], tables: list[dict], temperature: float | None = None) -> dict:
+    """The figures of all images from those of each (`measure`); the calibrated ones only with a temperature."""
+    tables = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
+    pooled = {}
+    for part, ending in (("all", ""), ("band", "_band")):
+        pooled[f"ece{ending}"] = (calibration.ece, calibration.reliability(tables[part]))
+        if temperature:
+            pooled[f"ece{ending}_calibrated"] = (calibration.ece, calibration.reliability(tables[part], temperature))
+    each = {name: np.array([row[name] for row in rows]) for name in AVERAGED}
+    found = metrics.summary(np.array([[row[name] for name in COUNTED] for row in rows]), each=each, pooled=pooled)
+    return found | {
+        "temperature": temperature,
+        "reliability": calibration.curve(pooled["ece"][1].mean(0), "p", "lesion"),
+        "reliability_band": calibration.curve(pooled["ece_band"][1].mean(0), "p", "lesion"),
+        "error_by_sigma": calibration.curve(tables["sigma"].mean(0), "sigma", "wrong"),
+    }
+
+
+def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, refit: bool = False) -> dict:
+    """`calibration.out_of_fold` of the run's labelled images, kept in DIR/temperature.json; {} if they are not `at_hand`.
+
+    These are images that the network has learnt from, as all outlines it may use are: nothing else is in the budget. So a
+    temperature mends what is wrong on known images too, not what is worse on new ones (docs/results.md).
+    """
+    path = pathlib.Path(workdir) / "temperature.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if predictor.name in kept and not refit:
+        return kept[predictor.name]
+    if not (at_hand or refit):
+        return {}
+    dataset = data.training_set(FrozenConfigDict(predictor.settings.to_dict() | {"data_dir": data_dir}))
+    chosen = dataset.labelled[:: -(-len(dataset.labelled) // LABELLED)]
+    examples = (data.Example(str(i), *dataset.rows[i].values()) for i in chosen)
+    histograms = [calibration.histogram(found["mean"], example.mask / 255) for example, found in predictor(examples)]
+    found = calibration.out_of_fold(np.stack(histograms))
+    if refit:
+        write(path, kept | {predictor.name: found})
+    return found
+
+
+def cases(path, seen, dice, *, each: int = 2):
+    """Draw the best, middle and worst images by Dice; seen: (id, image, truth, logits, sigma) of each, all s x s."""
+    ranked = np.argsort(-np.asarray(dice), kind="stable")
     middle = len(ranked) // 2
     picked = list(dict.fromkeys([*ranked[:each], *ranked[middle : middle + each], *ranked[-each:]]))
-    ids, images, truths, logits = zip(*(seen[i] for i in picked), strict=True)
+    ids, images, truths, logits, sigma = zip(*(seen[i] for i in picked), strict=True)
     columns = {
-        "image": np.stack(images) / 255, "truth": np.stack(truths) / 255,
-        "probability": 1 / (1 + np.exp(-np.stack(logits))), "prediction": np.stack(logits) > 0,
+        "image": np.stack(images) / 255, "truth": np.stack(truths) / 255, "probability": expit(np.stack(logits)),
+        "sigma": np.stack(sigma), "prediction": np.stack(logits) > 0,
     }
     figures.panel(path, columns, [f"{name}\nDice {dice[i]:.3f}" for name, i in zip(ids, picked, strict=True)])
 
 
-def keep_worst(folder, seen, counts, params, network, *, batch: int = 8):
-    """The images with the lowest Dice, with sigma, for report's page; seen as for `cases`."""
-    scores = metrics.scores(np.stack(counts))
-    picked = np.argsort(scores["dice"], kind="stable")[: worst.KEPT]
-    images = np.stack([seen[i][1] for i in picked])
-    truths, logits = (np.stack([seen[i][part] for i in picked]) for part in (2, 3))
-    look = jax.jit(functools.partial(trained.look, network=network))
-    padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), np.uint8)])
-    sigma = [jax.device_get(look(params, padded[i : i + batch])["sigma"]) for i in range(0, len(padded), batch)]
-    maps = {
-        "image": images, "truth": truths / 255, "prediction": 1 / (1 + np.exp(-logits)),
-        "sigma": np.concatenate(sigma)[: len(images)],
-    }
-    kept = {name: scores[name] for name in ("dice", "iou", "precision", "recall")}
-    worst.write(folder, [id for id, *_ in seen], kept, picked, maps)
+def keep_worst(folder, seen, rows):
+    """The images with the lowest Dice, for a page of runs; seen as for `cases`, rows: the figures of each image."""
+    picked = np.argsort([row["dice"] for row in rows], kind="stable")[: worst.KEPT]
+    _, images, truths, logits, sigma = (np.stack(part) for part in zip(*(seen[i] for i in picked), strict=True))
+    maps = {"image": images, "truth": truths / 255, "prediction": expit(logits), "sigma": sigma}
+    names = ("dice", "iou", "precision", "recall", "hd95", "sigma")
+    worst.write(folder, [row["id"] for row in rows], {name: [row[name] for row in rows] for name in names}, picked, maps)
 
 
 def table(result: dict) -> str:
     """The evaluation object as text."""
     lines = [f"{result['dataset']} {result['split']}: {result['images']} images, {result['missed']} lesions missed"]
     for name, (low, high) in result["ci95"].items():
-        lines.append(f"  {name:<13} {result[name]:.4f}   95% of image bootstraps {low:.4f} .. {high:.4f}")
+        lines.append(f"  {name:<19} {result[name]:8.4f}   95% of image bootstraps {low:.4f} .. {high:.4f}")
     return "\n".join(lines)
 
 
 def finish(workdir):
     """What main ends with, on the configuration's own test set: DIR/evaluation.json, evaluation.txt and result.json.
 
-    result.json is what is kept of a run in results/: configuration, evaluation, commit, hardware, seconds of training.
+    result.json is what is kept of a run in results/: configuration, evaluation, commit, hardware, seconds of training. The
+    figures of each image, for paired statistics, are in DIR/evaluation_images.csv.
     """
     workdir, settings = pathlib.Path(workdir), config.load(workdir)
     name = settings.dataset if settings.split == "dev" else settings.test
     if name == "folder" and not data.measurable(settings):
         print("no outlined image is held out (holdout): nothing is measured", flush=True)
         return
-    result = evaluate(workdir, name, split=settings.split)
+    result = evaluate(workdir, name, split=settings.split, images_csv=workdir / "evaluation_images.csv", refit=True)
     write(workdir / "evaluation.json", result)
     (workdir / "evaluation.txt").write_text(table(result) + "\n")
     run = json.loads((workdir / "config.json").read_text())
-    for key in ("data_dir", "files"):  # where data lie is nobody else's business
-        run["config"].pop(key, None)
+    del run["config"]["data_dir"]  # where data lie is nobody else's business
+    run["config"]["files"] = config.without_paths(run["config"].get("files", {}))
+    if not run["config"]["files"]:
+        del run["config"]["files"]
     seconds = round(Logger.seconds(workdir))
     write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})
     print(table(result), flush=True)
@@ -135,9 +183,20 @@ def write(path, result):
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def write_rows(path, rows: list[dict]):
+    """A CSV with a header; figures with five significant digits."""
+    with pathlib.Path(path).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows([f"{v:.5g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+
+
 def main():
     f = flags.FLAGS
-    result = evaluate(f.workdir, f.dataset, data_dir=f.data_dir or "", split=f.split or "", network=f.network)
+    result = evaluate(
+        f.workdir, f.dataset, data_dir=f.data_dir or "", split=f.split or "", network=f.network, flips=f.flips,
+        images_csv=f.images_csv,
+    )
     if f.json:
         write(f.json, result)
     print(table(result))
@@ -149,5 +208,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets; default as in the run.")
     flags.DEFINE_enum("split", None, ["test", "dev"], "Default: the run's own split on its own data set, else test.")
     flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
+    flags.DEFINE_bool("flips", None, "Average over the four flips of an image; default as in the run.")
     flags.DEFINE_string("json", None, "File for the figures.")
+    flags.DEFINE_string("images_csv", None, "File for the figures of each image.")
     command.run(main, required=("workdir", "dataset"))

@@ -15,28 +15,29 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
-from mira_u_jax import command, trained
+from mira_u_jax import command, inference
 from mira_u_jax.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(workdir, output, *, passes: int = trained.PASSES, network: str = "student") -> jax.export.Exported:
+def export(workdir, output, *, passes: int = 0, network: str = "student") -> jax.export.Exported:
     """Write `output`, its .safetensors and its .md; returns the program.
 
     Its call takes images (n, s, s, 3) uint8 and gives {"probability", "logit", "sigma"}, (n, s, s) float32: the averaged
-    network's without dropout, and the deviation of `passes` dropout passes as trained.look's. Raises UserError.
+    network's without dropout, and the deviation of `passes` dropout passes (0: as the run is evaluated), as predict's; over
+    flips where the run is evaluated so. Raises UserError.
     """
     output = pathlib.Path(output)
     if output.suffix in (".safetensors", ".md", "") or output.is_dir():
         raise UserError(f"--output={output}: give a file such as lesion.stablehlo; .safetensors and .md come beside it")
-    name = network
-    settings, network, params = trained.load(workdir, network)
+    predictor = inference.Predictor(workdir, network)
+    settings, params, passes = predictor.settings, predictor.params, passes or predictor.passes
     size = settings.size
 
     @jax.jit
     def program(image):
-        found = trained.look(params, image, network=network, passes=passes)
+        found = inference.alike(params, image, predictor.key, network=predictor.network, passes=passes)
         return {"probability": jax.nn.sigmoid(found["logits"]), "logit": found["logits"], "sigma": found["sigma"]}
 
     (n,) = jax.export.symbolic_shape("n")
@@ -46,9 +47,9 @@ def export(workdir, output, *, passes: int = trained.PASSES, network: str = "stu
     leaves = {".".join(str(k.key) for k in path): np.asarray(leaf)
               for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tree = {k: v for k, v in json.loads(settings.to_json()).items() if k not in ("data_dir", "files")}  # nobody's business
-    facts = {"network": name, "size": str(size), "config": json.dumps(tree)}
+    facts = {"network": predictor.name, "size": str(size), "config": json.dumps(tree)}
     safetensors.numpy.save_file(leaves, output.with_suffix(".safetensors"), metadata=facts)
-    output.with_suffix(".md").write_text(card(workdir, output.name, settings, name, passes, leaves))
+    output.with_suffix(".md").write_text(card(workdir, output.name, settings, predictor.name, passes, leaves))
     return exported
 
 
@@ -108,8 +109,8 @@ LIMITS = """\
 
 def main():
     f = flags.FLAGS
-    if f.passes < 1:
-        raise UserError(f"--passes={f.passes}: it must be an integer >= 1")
+    if f.passes < 0:
+        raise UserError(f"--passes={f.passes}: it must be an integer >= 0")
     exported = export(f.workdir, f.output, passes=f.passes, network=f.network)
     size = pathlib.Path(f.output).stat().st_size / 1e6
     takes = f"{exported.in_avals[0].dtype} {exported.in_avals[0].shape}"
@@ -119,6 +120,6 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a run of main.")
     flags.DEFINE_string("output", None, "File of the program; .safetensors and .md are written beside it.")
-    flags.DEFINE_integer("passes", trained.PASSES, "Dropout passes behind sigma.")
+    flags.DEFINE_integer("passes", 0, "Dropout passes behind sigma; 0: as the run is evaluated.")
     flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average is exported.")
     command.run(main, required=("workdir", "output"))

@@ -40,7 +40,7 @@ class FileRows(Sequence):
     def __getitem__(self, i):
         image, mask = self.pairs[i]
         none = np.zeros((1, 1), np.uint8)
-        outline = common.binary_mask(common.decode(mask.read(), mask)) if mask else none
+        outline = common.binary_mask(common.decode(mask.read(), mask), mask) if mask else none
         return {"image": inputs.pixels(image), "mask": outline[..., None]}
 
 
@@ -99,15 +99,15 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
             reason = look(id, pixels) if look else None
             if id in outlines:
                 file = outlines[id][0]
-                mask = common.binary_mask(common.decode(file.read(), file))
+                mask = common.binary_mask(common.decode(file.read(), file), file)
                 if mask.shape != pixels.shape[:2]:
                     (h, w), (mh, mw) = pixels.shape[:2], mask.shape
                     raise DataError(f"{file} is {mw}x{mh} but its image is {w}x{h}")
-            return pixels.shape[1::-1], reason, mask is not None and not mask.any()
+            return pixels.shape[1::-1], reason, "" if mask is None else looks(mask)
         except DataError as error:
             return error
 
-    empty = []
+    odd = collections.defaultdict(list)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for id, result in zip(found, pool.map(decoded, found), strict=True):
             if isinstance(result, DataError):
@@ -116,7 +116,7 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
                 left_out[result[1]] += 1
             else:
                 sizes[id] = result[0]
-                empty += [id] * result[2]
+                odd[result[2]].append(id)
     sound = {id: found[id][0] for id in found if id in sizes}
     if not sound and not left_out:
         raise UserError(f"{images}: no image can be used" + (f", e.g. {next(iter(wrong.values()))}" if wrong else ""))
@@ -127,13 +127,21 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
     notes += [f"left out: {count} {reason}" for reason, count in left_out.items()]
     if ignored := ignored + more:
         notes.append(f"ignored: {len(ignored)} files that are no images, as {ignored[0]}")
-    if empty:
-        notes.append(f"nothing is outlined in: {', '.join(empty[:SHOWN])} ({len(empty)} in all)")
+    for look_of, ids in odd.items():
+        if look_of:
+            notes.append(f"{look_of}: {', '.join(ids[:SHOWN])} ({len(ids)} in all)")
     reasons = sorted(set(wrong.values()))
     notes += [f"wrong: {why}" for why in reasons[:SHOWN]]
     if len(reasons) > SHOWN:
         notes.append(f"wrong: {len(reasons) - SHOWN} more")
     return Found(sound, paired, wrong, notes)
+
+
+def looks(mask: np.ndarray) -> str:
+    """What is odd about an outline (h, w), "" where nothing is."""
+    if not mask.any():
+        return "nothing is outlined in"
+    return "the rim is lesion, which must be white and skin black, in" if common.looks_inverted(mask) else ""
 
 
 def _listed(path, key: str) -> tuple[dict[str, list[File]], list[str]]:

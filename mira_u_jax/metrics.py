@@ -31,23 +31,29 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def summary(counts: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict:
+def summary(counts: np.ndarray, *, each=None, pooled=None, resamples: int = 2000, seed: int = 0) -> dict:
     """The evaluation object of a set of images; counts (n, 4) as `confusion`.
 
-    missed: images whose lesion was not found at all (empty prediction); failure_rate: share with IoU < .65. ci95: a
-    percentile bootstrap over images: how exact THIS run's figure is, not whether a method is better.
+    each: {name: (n,)}, further figures that average over images; pooled: {name: (function, (n, ...))}, figures that are a
+    function of sums over images. missed: images whose lesion was not found at all (empty prediction); failure_rate: share
+    with IoU < .65. ci95: a percentile bootstrap over images: how exact THIS run's figure is, not whether a method is better.
     """
     counts = np.asarray(counts, np.int64)
+    n = len(counts)
+    images = scores(counts) | {name: np.asarray(values, np.float64) for name, values in (each or {}).items()}
+    failed = images["iou"] < FAILURE_IOU
 
-    def figures(counts):
-        each, pooled = scores(counts), scores(counts.sum(0))
-        return {name: float(values.mean()) for name, values in each.items()} | {
-            "dice_pooled": float(pooled["dice"]), "iou_pooled": float(pooled["iou"]),
-            "failure_rate": float((each["iou"] < FAILURE_IOU).mean()),
-        }
+    def figures(times):  # how often each image is taken, (..., n)
+        whole = scores(times @ counts)
+        found = {name: times @ values / n for name, values in images.items()}
+        found |= {"dice_pooled": whole["dice"], "iou_pooled": whole["iou"], "failure_rate": times @ failed / n}
+        for name, (function, values) in (pooled or {}).items():
+            found[name] = function(np.tensordot(times, values, 1))
+        return found
 
-    draw = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
-    boot = [figures(counts[rows]) for rows in draw]
-    bounds = {name: [float(b) for b in np.percentile([f[name] for f in boot], [2.5, 97.5])] for name in boot[0]}
+    draw = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    boot = figures(np.stack([np.bincount(rows, minlength=n) for rows in draw]))
+    bounds = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in boot.items()}
+    found = {name: float(value) for name, value in figures(np.ones(n, np.int64)).items()}
     empty = (counts[:, 0] + counts[:, 1] == 0) & (counts[:, 0] + counts[:, 2] > 0)
-    return {"images": len(counts), **figures(counts), "missed": int(empty.sum()), "ci95": bounds}
+    return {"images": n, **found, "missed": int(empty.sum()), "ci95": bounds}

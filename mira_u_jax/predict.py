@@ -2,7 +2,7 @@
 
     python -m mira_u_jax.predict --workdir=DIR --input=FILES_OR_FOLDER --output=FOLDER
 
-Examples: --input=photos, --input=a.jpg --input=b.png, --input='photos/*.jpg', --input=photos.zip, or a list on standard
+Examples: --input=photos, --input a.jpg b.png, --input='photos/**/*.jpg', --input=photos.zip, or a list on standard
 input: find photos -name '*.jpg' | python -m mira_u_jax.predict --input=- ...
 
 FOLDER gets, at the size of each image, <id>_mask.png (0 or 255), <id>_overlay.png (the outline, and in red where the passes
@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from mira_u_jax import command, inputs, trained
+from mira_u_jax import command, inference, inputs
 from mira_u_jax.errors import UserError
-from mira_u_jax.evaluate import at_size, batched
+from mira_u_jax.inference import at_size, batched
 from tfds_builders import common
 from tfds_builders.common import DataError
 
@@ -36,7 +36,7 @@ NAMED = 5  # files that the last line names; failed.txt names all
 
 @dataclasses.dataclass
 class Item:
-    """One image on its way: pixels (h, w, 3) uint8, square (s, s, 3) uint8, maps as trained.look's, (s, s) each."""
+    """One image on its way: pixels (h, w, 3) uint8, square (s, s, 3) uint8, maps as inference.maps, (s, s) each."""
 
     id: str
     pixels: np.ndarray
@@ -45,19 +45,24 @@ class Item:
     maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def predict(workdir, files: dict[str, common.File], output, *, passes: int, batch: int, threads: int, network="student"):
+def predict(
+    workdir, files: dict[str, common.File], output, *, network: str = "student", passes: int = 0, batch: int = 0,
+    threads: int = 4,
+) -> dict[str, str]:
     """Write what FOLDER gets for `files` {id: file}; returns {id: why} of those that could not be read.
 
-    Reads and writes on `threads` threads beside the device, a few batches ahead at most, so that memory does not grow with
-    the number of files. One compilation. Raises UserError; OSError where the output cannot be written.
+    passes: of dropout, behind sigma; 0 as the run is evaluated; batch: images at once, 0 by their size. Reads and writes on
+    `threads` threads beside the device, a few batches ahead at most, so that memory does not grow with the number of files.
+    One compilation. Raises UserError; OSError where the output cannot be written.
     """
-    settings, network, params = trained.load(workdir, network)
+    predictor = inference.Predictor(workdir, network)
     output = pathlib.Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
-    batch = min(batch, len(files))
-    step = jax.jit(functools.partial(trained.look, network=network, passes=passes))
+    batch = min(batch or predictor.batch, len(files))
+    look_at = functools.partial(inference.alike, network=predictor.network, passes=passes or predictor.passes)
+    step = functools.partial(jax.jit(look_at), predictor.params, key=predictor.key)
     failed, progress = {}, Progress(len(files))
 
     def good(items):
@@ -71,8 +76,8 @@ def predict(workdir, files: dict[str, common.File], output, *, passes: int, batc
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, (output / "predictions.csv").open("w", newline="") as f:
         table = csv.writer(f)
         table.writerow(COLUMNS)
-        read = ahead(pool, functools.partial(read_item, size=settings.size), files.items(), batch)
-        looked = (item for group in batched(good(read), batch) for item in look(step, params, group, batch))
+        read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), batch)
+        looked = (item for group in batched(good(read), batch) for item in look(step, group, batch))
         for row in ahead(pool, functools.partial(write_item, output=output), looked, batch):
             table.writerow(row)
             f.flush()
@@ -106,12 +111,12 @@ def read_item(named, *, size: int) -> tuple[str, Item | DataError]:
         return id, error
 
 
-def look(step, params, items, batch: int):
+def look(step, items, batch: int):
     """The items of a batch with their maps; the last batch is padded."""
     started = time.perf_counter()
     image = np.stack([item.square for item in items])
     padded = np.concatenate([image, np.zeros((batch - len(items), *image.shape[1:]), np.uint8)])
-    maps = jax.device_get(step(params, padded))
+    maps = jax.device_get(step(padded))
     for i, item in enumerate(items):
         item.maps = {name: values[i] for name, values in maps.items()}
         item.seconds += (time.perf_counter() - started) / len(items)
@@ -171,9 +176,9 @@ class Progress:
 
 def main():
     f = flags.FLAGS
-    for name in ("passes", "batch", "threads"):
-        if getattr(f, name) < 1:
-            raise UserError(f"--{name}={getattr(f, name)}: it must be an integer >= 1")
+    for name, least in (("passes", 0), ("batch", 0), ("threads", 1)):
+        if getattr(f, name) < least:
+            raise UserError(f"--{name}={getattr(f, name)}: it must be an integer >= {least}")
     files = inputs.find(f.input, ignore=f.output)
     started = time.perf_counter()
     failed = predict(
@@ -191,8 +196,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a run of main.")
     flags.DEFINE_multi_string("input", None, "File, folder, zip or glob; may be given again. -: a list on standard input.")
     flags.DEFINE_string("output", None, "Folder for masks, overlays, deviations and predictions.csv.")
-    flags.DEFINE_integer("passes", trained.PASSES, "Dropout passes behind sigma.")
-    flags.DEFINE_integer("batch", 8, "Images at once.")
+    flags.DEFINE_integer("passes", 0, "Dropout passes behind sigma; 0: as the run is evaluated.")
+    flags.DEFINE_integer("batch", 0, "Images at once; 0: by their size.")
     flags.DEFINE_integer("threads", 4, "Threads that read and write.")
     flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
-    command.run(main, required=("workdir", "input", "output"))
+    command.run(main, required=("workdir", "input", "output"), rest="input")

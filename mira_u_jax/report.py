@@ -1,108 +1,175 @@
-"""Which rows of results are possible: the paper's figures against what means over images must satisfy.
+"""Tables of finished runs, the paper's beside ours, with intervals, checks and pictures.
 
+    python -m mira_u_jax.report --runs=DIR [DIR ...] --output=FOLDER
     python -m mira_u_jax.report --check-paper
 
-prints every row of the paper's Tables 2-5 with a verdict (docs/paper.md, section 6).
+DIR holds runs of main or what grid kept of them (results/). FOLDER gets report.md, the same tables as CSV and pictures.
+--check-paper prints every row of the paper's Tables 2-5 with a verdict (docs/paper.md, section 6) and reads no run.
 """
+
+import csv
+import pathlib
 
 from absl import flags
 
-from mira_u_jax import command, paper
+from mira_u_jax import beside, charts, command, consistency, runs
 from mira_u_jax.errors import UserError
+from mira_u_jax.text import Table, check, figure, heading, mark, markdown, percent, span
 
-FIGURES = ("dice", "iou", "precision", "recall")
-EXACT = 1e-9  # above what float64 adds to a mean that meets a bound with equality, below any digit that is printed
+INTRODUCTION = """\
+# Runs beside each other and beside the paper
 
-WORDS = """\
-A marked row cannot hold means over one set of images of masks thresholded once, without smoothing: these satisfy \
-Dice <= H(P,R), IoU >= D/(2-D), IoU >= P + R - 1 and IoU <= Dice, P and R; "within rounding" grants each figure half of its \
-last digit, "as far as printed" is said where P and R are not.
-Smoothed or soft Dice, columns averaged in different ways or over different images, different thresholds, or a slip in \
-copying could each explain a marked row; it cannot be compared with unsmoothed per-image figures, and no more is said."""
-
-
-def harmonic(p: float, r: float) -> float:
-    """H(p, r) = 2 p r / (p + r), 0 at p = r = 0: Dice of one image from its precision and recall."""
-    return 2 * p * r / (p + r) if p + r > 0 else 0.0
+Per-image means at the masks' own resolution, threshold .5, averaged (EMA) student after the last step. `95% t` is the
+interval over pairs (label seed, seed), paired for a difference: it says whether a method is better, from five pairs on.
+`95% images` is a bootstrap over images: how exact the figure of these very runs is, never that a method is better. `check`
+says whether Dice, IoU, precision and recall of a row can be means over one set of masks thresholded once; a row that cannot
+is marked **no**, ours too. Distances are percent of the image's diagonal, where a missed lesion counts 100."""
 
 
-def jaccard(dice: float) -> float:
-    """IoU of one image from its Dice, D / (2 - D)."""
-    return dice / (2 - dice)
+def benches(groups) -> dict[str, list[runs.Group]]:
+    """Groups by heading, in order."""
+    found = {}
+    for group in groups:
+        found.setdefault(heading(group), []).append(group)
+    return found
 
 
-def excess(figures: dict, half: dict) -> dict[str, float]:
-    """{what is wrong: by how much}, > 0 where a bound is broken, with each figure moved by half[name] in the row's favour.
-
-    Every bound holds for a single image and survives averaging: Dice = H(p, r) is concave, IoU = D / (2 - D) convex, and
-    p + r - 1 <= IoU <= D, p, r are linear. Counts pooled over images or batches are one large image and obey them too. Each
-    bound moves the figures for itself, which is generous. Without precision or recall the first two are left.
-    """
-
-    def at(name, sign):
-        return figures[name] + sign * half.get(name, 0.0)
-
-    over = {"IoU too low": jaccard(at("dice", -1)) - at("iou", 1), "IoU above Dice": at("iou", -1) - at("dice", 1)}
-    if complete(figures):
-        over = {"Dice too high": at("dice", -1) - harmonic(at("precision", 1), at("recall", 1))} | over
-        over["IoU below P + R - 1"] = at("precision", -1) + at("recall", -1) - 1 - at("iou", 1)
-        over["IoU above P"] = at("iou", -1) - at("precision", 1)
-        over["IoU above R"] = at("iou", -1) - at("recall", 1)
-    return over
+# --- ours -----------------------------------------------------------------------------------------------------------
 
 
-def complete(figures: dict) -> bool:
-    return figures.get("precision") is not None and figures.get("recall") is not None
+def segmentation(groups) -> Table:
+    header = ["data", "labels", "method", "pairs", "Dice", "95% t", "95% images", "IoU", "precision", "recall", "failures",
+              "missed", "check"]
+    rows = []
+    for g in groups:
+        found = runs.interval(g.values("dice").values())
+        rows.append([
+            heading(g), percent(g), g.title, str(found.count), figure(found.mean), span(found),
+            span(g.image_interval()), *(figure(g.mean(name)) for name in ("iou", "precision", "recall", "failure_rate")),
+            f"{g.mean('missed'):.1f}", check(g),
+        ])
+    return "segmentation", "Masks", header, rows
 
 
-def consistency(figures: dict, half: dict | None = None) -> str:
-    """Can these be means over one set of images of masks thresholded once, without smoothing? The verdict in words.
-
-    figures: "dice", "iou" and, where known, "precision", "recall", in [0, 1]; other keys are ignored, so that an evaluation
-    object will do. half: half of the last printed digit of each; None: full precision. "possible" is what breaks no bound
-    as printed, "possible within rounding" what only rounding saves, anything else names the bounds and by how much the
-    figures as printed break them.
-    """
-    printed = excess(figures, {})
-    wrong = [name for name, by in excess(figures, half or {}).items() if by > EXACT]
-    if wrong:
-        return "; ".join(f"{name}, by {short(printed[name])}" for name in wrong)
-    verdict = "possible within rounding" if max(printed.values()) > EXACT else "possible"
-    return verdict if complete(figures) else f"{verdict}, as far as printed"
+MORE = {  # column -> key of the evaluation
+    "HD95 %": "hd95", "ASSD %": "assd", "boundary F1": "boundary_f1", "ECE": "ece", "ECE, band": "ece_band",
+    "ECE after T": "ece_calibrated", "band, after T": "ece_band_calibrated", "T": "temperature", "Brier": "brier",
+    "AUSE sigma": "ause", "AUSE 1-|2p-1|": "ause_entropy",
+}
 
 
-def published(row: paper.Row) -> tuple[dict, dict]:
-    """(figures, half) of a row of the paper for `consistency`; a string of n decimals was rounded by at most .5 10^-n."""
-    texts = {name: text for name in FIGURES if (text := getattr(row, name)) is not None}
-    half = {name: 0.5 * 10.0 ** -len(text.partition(".")[2]) for name, text in texts.items()}
-    return {name: float(text) for name, text in texts.items()}, half
+def more(groups) -> Table:
+    rows = [
+        [heading(g), percent(g), g.title, *(figure(g.mean(key)) for key in MORE.values()), sharper(g)]
+        for g in groups if g.mean("hd95") is not None
+    ]
+    header = ["data", "labels", "method", *MORE, "AUSE sigma - 1-|2p-1|, 95% t"]
+    return "boundary_calibration", "Outlines, probabilities, doubt", header, rows
 
 
-def short(value: float) -> str:
-    return f"{value:.4f}".removeprefix("0")
+def sharper(group: runs.Group) -> str:
+    """AUSE of sigma minus that of 1 - |2p - 1| over the runs of a group; below 0 sigma knows more."""
+    a, b = group.values("ause"), group.values("ause_entropy")
+    found = runs.interval([a[pair] - b[pair] for pair in a])
+    return f"{figure(found.mean)} {span(found)}"
 
 
-def check_paper() -> str:
-    """Every published row with its two bounds and its verdict, as a Markdown table, and what a verdict means."""
-    lines = ["| row | Dice | H(P,R) | IoU | D/(2-D) | verdict |", "|---|---|---|---|---|---|"]
-    for row in paper.ROWS:
-        figures, half = published(row)
-        cells = [
-            f"Table {row.table}, {row.label}" + (" (cited)" if row.cited else ""), row.dice.removeprefix("0"),
-            short(harmonic(figures["precision"], figures["recall"])) if complete(figures) else "-",
-            row.iou.removeprefix("0"), short(jaccard(figures["dice"])), consistency(figures, half),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", WORDS])
+def differences(groups) -> Table:
+    """Every group against the supervised one and against plain MIRA-U of the same bench."""
+    header = ["data", "labels", "method", "against", "pairs", "Dice", "95% t", "95% images", "HD95 %", "verdict"]
+    rows = []
+    for base in ("supervised", "mira_u"):
+        for g in groups:
+            other = runs.plain([o for o in groups if o.bench == g.bench], base)
+            if other in (None, g) or (base, g.config["method"]) == ("mira_u", "supervised"):
+                continue
+            found = runs.difference(g, other)
+            if found is None:
+                continue
+            distance = runs.difference(g, other, "hd95")
+            rows.append([
+                heading(g), percent(g), g.title, base, str(found.count), figure(found.mean), span(found),
+                span(runs.image_difference(g, other)), figure(distance.mean) if distance else "-", runs.word(found),
+            ])
+    return "differences", "Differences over common pairs", header, rows
+
+
+def gaps(groups) -> Table:
+    """The share of what all labels add to the supervised run that a method adds without them."""
+    header = ["data", "labels", "method", "pairs", "method - supervised", "supervised with all - supervised", "share closed"]
+    rows = []
+    for g in groups:
+        here = [o for o in groups if heading(o) == heading(g)]
+        few, every = (
+            runs.plain([o for o in here if o.config["frac"] == frac], "supervised") for frac in (g.config["frac"], 1)
+        )
+        if g.config["method"] == "supervised" or None in (few, every) or few is every:
+            continue
+        if found := runs.gap(g, few, every):
+            rows.append([
+                heading(g), percent(g), g.title, str(found.count), figure(found.ours), figure(found.all),
+                figure(found.share, 2),
+            ])
+    return "gaps", "Share of the gap closed", header, rows
+
+
+def listed(groups) -> Table:
+    """Every run by itself, with where it comes from."""
+    header = ["data", "labels", "method", "label seed", "seed", "Dice", "95% images", "check", "seconds", "hardware",
+              "commit"]
+    rows = [
+        [heading(g), percent(g), g.title, *map(str, run.pair), figure(run.evaluation["dice"]),
+         span(tuple(run.evaluation["ci95"]["dice"])), mark(consistency.verdict(run.evaluation)), f"{run.seconds:.0f}",
+         run.hardware, run.commit[:8]]
+        for g in groups for run in g.runs
+    ]
+    return "runs", "Runs", header, rows
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def tables(groups) -> list[Table]:
+    """Every table that has a row; the paper's for each preset that was measured on test images of ISIC-2016 or PH2."""
+    found = [segmentation(groups), more(groups), differences(groups), gaps(groups)]
+    for title, bench in benches(groups).items():
+        if bench[0].config["split"] == "test" and bench[0].config["dataset"] == "isic2016":
+            found += beside.tables(bench, title)
+    return [table for table in [*found, listed(groups)] if table[3]]
+
+
+def write(found: list[runs.Run], output) -> list[str]:
+    """Write report.md, CSVs and pictures of runs into a folder; the names of the pictures."""
+    output = pathlib.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    groups = runs.grouped(found)
+    written = tables(groups)
+    for name, _, header, rows in written:
+        with (output / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    pictures = charts.draw(benches(groups), output)
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
+    text = [INTRODUCTION, *map(markdown, written), "## Pictures", *shown, consistency.WORDS]
+    (output / "report.md").write_text("\n\n".join(text) + "\n")
+    return pictures
 
 
 def main():
-    if not flags.FLAGS.check_paper:
-        raise UserError("--check-paper is required (see --help)")
-    print(check_paper())
+    f = flags.FLAGS
+    if f.check_paper:
+        print(consistency.check_paper())
+        return
+    for name in ("runs", "output"):
+        if not getattr(f, name):
+            raise UserError(f"--{name} is required, or --check-paper (see --help)")
+    found = runs.load(f.runs)
+    write(found, f.output)
+    print(f"{len(found)} runs in {pathlib.Path(f.output) / 'report.md'}")
 
 
 if __name__ == "__main__":
+    flags.DEFINE_multi_string("runs", [], "Folders with runs or with what was kept of them, files too.")
+    flags.DEFINE_string("output", None, "Folder for report.md, tables and pictures.")
     flags.DEFINE_bool("check-paper", False, "Print which rows of the paper's tables are possible.")
     flags.DEFINE_alias("check_paper", "check-paper")  # absl does not take the one spelling for the other
-    command.run(main)
+    command.run(main, rest="runs")

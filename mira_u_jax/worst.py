@@ -27,8 +27,6 @@ def write(folder, ids, scores: dict, worst, maps: dict[str, np.ndarray]):
     for place, i in enumerate(worst):
         tiles = [tile(part, maps[part][place]) for part in PARTS if part in maps]
         rows[i]["picture"] = f"{place:02d}.jpg"  # not the id: a file name must hold it
-        if "sigma" in maps:
-            rows[i]["sigma"] = round(float(maps["sigma"][place].mean()), 5)
         Image.fromarray(np.concatenate(tiles, 1)).save(folder / rows[i]["picture"], quality=88)
     parts = [part for part in PARTS if part in maps]
     (folder / "cases.json").write_text(json.dumps({"parts": parts, "cases": rows}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """What a user can get wrong: one line on stderr that names it and the remedy, exit status 2, nothing lost."""
 
 import io
+import json
 import os
 import pathlib
 import subprocess
@@ -133,3 +134,23 @@ def test_the_command_as_written_then_evaluate_elsewhere(tmp_path):
     result = main(f"--workdir={run}", f"--dataset={folder}", f"--json={tmp_path / 'e.json'}", module="mira_u_jax.evaluate")
     assert result[0] == 0, result[2]
     assert '"images": 1' in (tmp_path / "e.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_cell_of_a_table_is_run_once(tmp_path):
+    """From the zips to results/a/CELL.json; the same command again starts nothing."""
+    zips(tmp_path)
+    args = ["--table=a", "--preset=smoke", "--index=7", f"--data_dir={tmp_path}", f"--runs={tmp_path / 'runs'}"]
+    args += [f"--results={tmp_path / 'results'}"]
+    status, out, err = main(*args, module="mira_u_jax.grid")
+    assert status == 0 and "1 of 1 cells done" in out, err
+    (kept,) = (tmp_path / "results" / "a").glob("*.json")
+    assert kept.stem == "isic_smoke_frac1_supervised_l3_s3"
+    result = json.loads(kept.read_text())
+    assert set(result) >= {"config", "evaluation", "commit", "hardware", "seconds"}
+    assert result["evaluation"]["labelled"]["images"] == 4 and result["evaluation"]["ece_calibrated"] >= 0
+    assert len(kept.with_suffix(".csv").read_text().splitlines()) == 1 + result["evaluation"]["images"] == 3
+    status, out, err = main(*args, module="mira_u_jax.grid")
+    assert status == 0 and "workdir" not in out and "1 of 1 cells done" in out, err
+    assert " done     isic_smoke_frac1_supervised_l3_s3" in main(*args, "--list", module="mira_u_jax.grid")[1]
+    refused(main("--table=z", module="mira_u_jax.grid"), "--table=z", "table5")

@@ -1,5 +1,6 @@
 """What every test starts from: strict shapes, quick compilation, a configuration and data of a few pixels."""
 
+import json
 import re
 
 import jax
@@ -90,3 +91,37 @@ def smoke_run(tmp_path, tiny_config):
     with checkpoint.open_manager(tmp_path / "run", "train") as manager:
         checkpoint.save(manager, 1, state)
     return tmp_path / "run"
+
+
+@pytest.fixture
+def results(tmp_path):
+    """results(arg, dice, **dotted): the path of a result as grid keeps it, in results.folder; made up around a Dice.
+
+    images: {id: Dice} for the CSV beside it; also: {data set: Dice}. Precision, recall and IoU fit the Dice.
+    """
+    folder = tmp_path / "results" / "a"
+    folder.mkdir(parents=True)
+
+    def evaluation(dice):
+        curve = {"share": [0.6, 0.4], "p": [0.1, 0.9], "lesion": [0.05, 0.95]}
+        return {
+            "images": 3, "dice": dice, "iou": dice / (2 - dice), "precision": dice, "recall": dice, "failure_rate": 0.1,
+            "missed": 2, "hd95": 5.0, "ause": 0.01, "ause_entropy": 0.012, "sigma": 0.02, "reliability": curve,
+            "error_by_sigma": {"share": [1.0], "sigma": [0.1], "wrong": [0.2]}, "ci95": {"dice": [dice - 0.02, dice + 0.01]},
+        }
+
+    def make(arg, dice, *, images=None, also=None, **dotted):
+        config = common.get_config(arg)
+        configuration.update(config, dotted)
+        path = folder / f"{len(list(folder.glob('*.json')))}.json"
+        path.write_text(json.dumps({
+            "config": json.loads(config.to_json()), "evaluation": evaluation(float(dice)), "commit": "c" * 40,
+            "hardware": "1 x cpu", "seconds": 60, "also": {name: evaluation(value) for name, value in (also or {}).items()},
+        }))
+        if images:
+            rows = [f"{name},{value}" for name, value in images.items()]
+            path.with_suffix(".csv").write_text("\n".join(["id,dice", *rows]) + "\n")
+        return path
+
+    make.folder = tmp_path / "results"
+    return make

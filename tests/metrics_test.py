@@ -81,3 +81,15 @@ def test_bootstrap_interval():
     assert high - low == pytest.approx(wanted, rel=0.25)
     same = metrics.summary(np.repeat(counts[:1], 5, 0), resamples=20)
     assert same["ci95"]["dice"] == pytest.approx([same["dice"]] * 2)
+
+
+def test_further_figures_average_over_images_or_come_from_their_sums():
+    counts, values, tables = RNG.integers(1, 50, (6, 4)), RNG.uniform(size=6), RNG.uniform(size=(6, 3, 5))
+    found = metrics.summary(counts, each={"hd95": values}, pooled={"top": (lambda t: t.max((-2, -1)), tables)}, resamples=50)
+    assert found["hd95"] == pytest.approx(values.mean())
+    assert found["top"] == pytest.approx(tables.sum(0).max())
+    draw = np.random.default_rng(0).integers(0, 6, (50, 6))
+    assert found["ci95"]["hd95"] == pytest.approx(np.percentile(values[draw].mean(1), [2.5, 97.5]))
+    assert found["ci95"]["top"] == pytest.approx(np.percentile(tables[draw].sum(1).max((1, 2)), [2.5, 97.5]))
+    pooled = metrics.scores(counts[draw].sum(1))["iou"]
+    assert found["ci95"]["iou_pooled"] == pytest.approx(np.percentile(pooled, [2.5, 97.5]))

@@ -168,6 +168,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "tests/data_test.py -k pure_function"),
     ("purposes share their random numbers", "rng.py", "jax.random.fold_in(key, zlib.crc32(name.encode()))", "key",
      "tests/augment_test.py -k differ_in_colour_and_box"),
+    # measurement
     ("a missed lesion counts as precision 1", "metrics.py", "(fp + fn == 0).astype(float)", "1.0",
      "tests/metrics_test.py"),
     # people's own images
@@ -181,6 +182,33 @@ MUTANTS = [Mutant(*fields) for fields in (
      'save(output / f"{item.id}_mask.png", (sigma * 510).astype(np.uint8))', "tests/predict_test.py -k lie_on"),
     ("the whole folder is read at once", "predict.py", "if len(queue) > count:", "if len(queue) > 100 * count:",
      "tests/predict_test.py -k under_way"),
+    # measurement, continued
+    ("a missed lesion is no distance", "boundary.py", "(0.0, 0.0) if right else (LOST, GRID * 2**0.5)", "(0.0, 0.0)",
+     "tests/boundary_test.py -k missed"),
+    ("distances in one direction", "boundary.py", "percent = np.concatenate([there, back])", "percent = there",
+     "tests/boundary_test.py -k every_pair"),
+    ("no outline at the image's edge", "boundary.py", "borderValue=0", "borderValue=1",
+     "tests/boundary_test.py -k every_pair"),
+    ("the band is twice as wide", "boundary.py", "away <= share *", "away <= 2 * share *",
+     "tests/boundary_test.py -k band"),
+    ("bins of opposite error cancel", "calibration.py", "np.abs(p - lesion).sum(-1)", "np.abs((p - lesion).sum(-1))",
+     "tests/calibration_test.py -k cancel"),
+    ("large images weigh more", "calibration.py", "return np.stack(counts) / z.size", "return np.stack(counts)",
+     "tests/calibration_test.py -k weighs_the_same"),
+    ("a temperature scores what it was fitted on", "calibration.py", "[fit(others) if len(others)",
+     "[fit(histograms) if len(others)", "tests/calibration_test.py -k fitted"),
+    ("the surest pixels leave first", "calibration.py", "np.unique(-uncertainty", "np.unique(uncertainty",
+     "tests/calibration_test.py -k most_uncertain"),
+    ("masks of the mean of the passes", "evaluate.py", "predicted = logits > 0", "predicted = mean > 0",
+     "tests/evaluate_test.py -k masks_resolution"),
+    ("flips are not flipped back", "inference.py", "jnp.flip(part, axis)", "part", "tests/evaluate_test.py -k four_views"),
+    ("a normal interval for few pairs", "runs.py", "student_t.ppf(0.975, n - 1)", "1.96", "tests/runs_test.py -k students"),
+    ("better before there are five pairs", "runs.py", "if found.count < ENOUGH:", "if found.count < 2:",
+     "tests/runs_test.py -k words"),
+    ("two take one cell", "grid.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+     "tests/grid_test.py -k left_alone"),
+    ("every row is possible", "consistency.py", "if by > EXACT]", "if by > 1]",
+     "tests/consistency_test.py -k catches"),
 )]
 
 

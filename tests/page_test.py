@@ -39,7 +39,7 @@ def make_run(folder, *, name="one", dice=0.9, cases=True):
             "prediction": np.zeros((3, 32, 32)), "sigma": np.full((3, 32, 32), 0.15),
         }
         ids = ["a", "b & <b>", "c", "d", "e", "f"]
-        scores = {"dice": np.array([0.5, 0.1, 0.3, 0.9, 0.8, 0.7]), "hd95": np.arange(6.0)}
+        scores = {"dice": np.array([0.5, 0.1, 0.3, 0.9, 0.8, 0.7]), "hd95": np.arange(6.0), "sigma": np.full(6, 0.15)}
         worst.write(run / "cases" / "isic2016_dev_student", ids, scores, [1, 2, 0], maps)
     return run
 
@@ -69,8 +69,8 @@ def test_worst_cases_are_kept_with_their_maps(tmp_path):
     folder = make_run(tmp_path) / "cases" / "isic2016_dev_student"
     kept = json.loads((folder / "cases.json").read_text())
     assert kept["parts"] == ["image", "truth", "prediction", "sigma"] and len(kept["cases"]) == 6
-    assert [(r["id"], r.get("picture"), r.get("sigma")) for r in kept["cases"][:4]] == [
-        ("a", "02.jpg", 0.15), ("b & <b>", "00.jpg", 0.15), ("c", "01.jpg", 0.15), ("d", None, None)
+    assert [(r["id"], r.get("picture"), r["sigma"]) for r in kept["cases"][:4]] == [
+        ("a", "02.jpg", 0.15), ("b & <b>", "00.jpg", 0.15), ("c", "01.jpg", 0.15), ("d", None, 0.15)
     ]
     picture = np.asarray(Image.open(folder / "00.jpg")).astype(int)
     assert picture.shape == (160, 640, 3)

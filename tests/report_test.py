@@ -1,181 +1,189 @@
-"""Bounds on means over images: masks never break them, constructed rows do, and the document says what the code says."""
+"""The report's tables hold the figures of the runs, the paper's beside them, and a mark where a row cannot be."""
 
+import csv
+import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from mira_u_jax import metrics, paper, report
+from mira_u_jax import beside, paper, report, runs, text
 
 ROOT = pathlib.Path(__file__).parent.parent
-FAIR = {"dice": 0.85, "iou": 0.76, "precision": 0.88, "recall": 0.87}
 
 
-def counts_of_masks(rng, images):
-    """(images, 4) of masks 8 x 8 with any share of lesion and any error, some of them empty or full."""
-    counts = []
-    for share in rng.choice([0, 0.1, 0.5, 1], (images, 2, 1, 1)):
-        predicted, truth = rng.uniform(size=(2, 8, 8)) < share
-        if rng.uniform() < 0.3:  # right but for some pixels
-            predicted = truth ^ (rng.uniform(size=(8, 8)) < 0.1)
-        counts.append(metrics.confusion(predicted, truth))
-    return np.stack(counts)
+def read(folder, name):
+    with (folder / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module")
-def sets():
-    """Counts (n, 4) of 900 sets of 1-11 images: a third of masks, the others drawn to have extreme precision and recall."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 12, 300)
-    return [counts_of_masks(rng, n) for n in sizes] + [np.int64(rng.beta(0.2, 0.2, (n, 4)) * 50) for n in [*sizes, *sizes]]
+@pytest.fixture
+def written(results, tmp_path):
+    """A folder with the report of runs on ISIC's test images, with the preset cpu; three pairs of most."""
+    for i in range(3):
+        end = f"preset=cpu,label_seed={3 + i},seed={3 + i}"
+        results(f"frac=0.1,method=supervised,{end}", 0.85 + 0.01 * i)
+        results(f"frac=1,method=supervised,{end}", 0.90 + 0.01 * i)
+        results(f"frac=0.1,{end}", 0.88 + 0.01 * i)
+        results(f"frac=0.1,ablate=no_mim,{end}", 0.86 + 0.01 * i)
+        results(f"frac=0.1,method=udamt,{end}", 0.87 + 0.01 * i)
+    results("frac=0.5,preset=cpu,label_seed=3,seed=3", 0.91, also={"ph2": 0.84})
+    results("frac=0.5,batch=4,preset=cpu,label_seed=3,seed=3", 0.92)
+    results("frac=0.5,ablate=T2,preset=cpu,label_seed=3,seed=3", 0.92)
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    return tmp_path / "out"
 
 
-def means(counts):
-    return {name: float(values.mean()) for name, values in metrics.scores(counts).items()}
+def test_masks(written):
+    rows = {(row["labels"], row["method"]): row for row in read(written, "segmentation")}
+    row = rows["10%", "mira_u"]
+    assert row["data"] == "isic2016, cpu 64 px" and row["pairs"] == "3" and row["Dice"] == ".8900"
+    half = 4.302652729911275 * 0.01 / 3**0.5  # Student's t, two degrees of freedom
+    assert row["95% t"] == f"[{text.figure(0.89 - half)}, {text.figure(0.89 + half)}]"
+    assert row["check"] == "possible" and row["failures"] == ".1000" and row["missed"] == "2.0"
+    assert rows["50%", "mira_u"]["95% t"] == "-"
 
 
-def test_the_sets_hold_what_is_hard(sets):
-    missed = sum(any(c[0] + c[1] == 0 < c[0] + c[2] for c in counts) for counts in sets)
-    invented = sum(any(c[0] + c[2] == 0 < c[1] for c in counts) for counts in sets)
-    assert missed > 50 and invented > 50
+def test_differences_and_gaps(written):
+    rows = {(row["method"], row["against"]): row for row in read(written, "differences") if row["labels"] == "10%"}
+    row = rows["mira_u", "supervised"]
+    assert row["Dice"] == ".0300" and row["verdict"] == "open, 3 of 5 pairs"
+    assert rows["mira_u no_mim", "mira_u"]["Dice"] == "-.0200"
+    assert ("supervised", "mira_u") not in rows and ("mira_u", "mira_u") not in rows
+    (row,) = [row for row in read(written, "gaps") if row["method"] == "mira_u"]
+    assert row["method - supervised"] == ".0300" and row["supervised with all - supervised"] == ".0500"
+    assert row["share closed"] == ".60" and row["pairs"] == "3"
 
 
-def test_masks_never_break_a_bound(sets):
-    for counts in sets:
-        assert report.consistency(means(counts)) == "possible", counts.tolist()
-        assert report.consistency(means(counts.sum(0))) == "possible", counts.tolist()  # pooled: one large image
+def test_the_papers_tables(written):
+    end = "isic2016_cpu_64_px"
+    table2 = {row["row"]: row for row in map(dict, csv_rows(written, f"table2_{end}"))}
+    assert list(table2) == [row.label for row in paper.ROWS if row.table == 2]
+    first = table2["10%, batch 4"]
+    assert first["Dice published"] == "0.47975" and first["check"].startswith("**no**: IoU above R")
+    assert first["run again as"] == "mira_u, 10%, batch 8" and first["Dice"] == ".8900"  # the preset's batch stands in
+    assert table2["50%, batch 4"]["run again as"] == "mira_u batch=4, 50%, batch 4"
+    assert table2["50%, batch 8"]["Dice"] == ".9100" and table2["20%, batch 4"]["Dice"] == "-"
+    table3 = {row["row"]: row for row in csv_rows(written, f"table3_{end}")}
+    assert table3["batch 8"]["Dice"] == ".8400" and table3["batch 4"]["Dice"] == ".8400"  # PH2, not ISIC's .91
+    table4 = {row["row"]: row for row in csv_rows(written, f"table4_{end}")}
+    assert table4["UDAMT [38], 10% (cited)"]["Dice"] == ".8800" and table4["FixMatch [38], 50% (cited)"]["Dice"] == "-"
+    assert sum("(cited)" in row for row in table4) == 9 and table4["MIRA-U, 50%"]["Dice"] == ".9100"
+    table5 = {row["row"]: row for row in csv_rows(written, f"table5_{end}")}
+    assert table5["full"]["run again as"] == "mira_u, 50%, batch 8"
+    assert table5["no MIM"]["run again as"] == "mira_u no_mim, 10%, batch 8"
+    (row,) = csv_rows(written, f"table1_{end}")
+    assert row["teacher"] == "T2" and row["parameters published"] == "28,943" and row["passes again"] == "12"
+    assert int(row["ViT parameters"].replace(",", "")) > 300_000
 
 
-@pytest.mark.parametrize("digits", [1, 2, 4])
-def test_rounded_means_of_masks_are_never_marked(sets, digits):
-    half = dict.fromkeys(report.FIGURES, 0.5 * 10.0**-digits)
-    verdicts = {report.consistency({n: round(v, digits) for n, v in means(c).items()}, half) for c in sets}
-    assert verdicts == {"possible", "possible within rounding"}
+def csv_rows(folder, name):
+    """Rows as dicts; a header that comes twice gets " again" for its second column."""
+    with (folder / f"{name}.csv").open() as file:
+        header, *rows = csv.reader(file)
+    names = [name if header.index(name) == i else f"{name} again" for i, name in enumerate(header)]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def test_bounds_are_reached(sets):
-    """Each bound is met with equality by some masks, so none can be drawn tighter."""
-    tight = dict.fromkeys(report.excess(FAIR, {}), -1.0)
-    for counts in sets + [np.array([[5, 0, 3, 0], [7, 0, 0, 0]]), np.array([[5, 3, 0, 0], [7, 0, 0, 0]])]:
-        tight = {name: max(tight[name], by) for name, by in report.excess(means(counts), {}).items()}
-    assert tight == pytest.approx(dict.fromkeys(tight, 0), abs=1e-9)
+def test_our_own_impossible_rows_are_marked(results, tmp_path):
+    path = results("frac=0.1,label_seed=3,seed=3", 0.9)
+    result = json.loads(path.read_text())
+    result["evaluation"]["iou"] = 0.79
+    path.write_text(json.dumps(result))
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    (row,) = read(tmp_path / "out", "segmentation")
+    assert row["check"] == "**no**: IoU too low, by .0282; IoU below P + R - 1, by .0100"
+    assert read(tmp_path / "out", "runs")[0]["check"] == row["check"]
+
+
+def test_dev_runs_are_not_set_beside_the_paper(results, tmp_path):
+    results("frac=0.1,split=dev,label_seed=3,seed=3", 0.9)
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("table*"))
+    assert read(tmp_path / "out", "segmentation")[0]["data"] == "isic2016 dev, full 256 px"
+
+
+def test_markdown_holds_the_tables_and_the_pictures(written):
+    page = (written / "report.md").read_text()
+    for name in ("Masks", "Differences over common pairs", "Share of the gap closed", "Table 5: ablations", "Runs"):
+        assert f"## {name}" in page
+    for line in page.splitlines():
+        assert not line.startswith("|") or line.count("|") - line.count("\\|") == line.replace("\\|", "").count("|")
+    for picture in written.glob("*.png"):
+        assert f"]({picture.name})" in page and picture.stat().st_size > 5_000
+    assert {p.name.partition("_")[0] for p in written.glob("*.png")} == {"labels", "reliability", "doubt"}
+
+
+def test_pictures_of_a_run_come_along(results, tmp_path):
+    path = results("frac=0.1,label_seed=3,seed=3", 0.9)
+    workdir = tmp_path / "runs" / "x"
+    (workdir / "figures").mkdir(parents=True)
+    path.rename(workdir / "result.json")
+    (workdir / "figures" / "isic2016_test_student.png").write_bytes(b"cases")
+    lines = [{"step": s, "split": "train", "loss_sup": 1 / s, "student_dice": 0.1 * s} for s in (1, 2, 3)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report.write(runs.load([tmp_path / "runs"]), tmp_path / "out")
+    assert "curves_isic2016_full_256_px.png" in found
+    assert (tmp_path / "out" / "cases_isic2016_full_256_px_mira_u_0.1.png").read_bytes() == b"cases"
 
 
 @pytest.mark.parametrize(
-    ("changed", "verdict"),
-    [
-        ({}, "possible"),
-        ({"dice": 0.8760, "iou": 0.79}, "Dice too high, by .0010"),  # H = .87497
-        ({"dice": 0.8630, "iou": 0.7580}, "IoU too low, by .0010"),  # D / (2 - D) = .75901...
-        ({"precision": 0.98, "recall": 0.79}, "IoU below P + R - 1, by .0100"),
-        ({"precision": 0.97, "recall": 0.759, "dice": 0.84}, "IoU above R, by .0010"),
-        ({"precision": 0.759, "recall": 0.97, "dice": 0.84}, "IoU above P, by .0010"),
-        ({"iou": 0.8510}, "IoU above Dice, by .0010"),
-        ({"dice": 0.89, "iou": 0.75}, "Dice too high, by .0150; IoU too low, by .0518"),
-    ],
+    ("value", "as_text"),
+    [(0.12346, ".1235"), (-0.5, "-.5000"), (1.0, "1.00"), (12.346, "12.35"), (None, "-"), (0.0, ".0000")],
 )
-def test_each_bound_catches_its_violation(changed, verdict):
-    assert report.consistency(FAIR | changed) == verdict
+def test_figures(value, as_text):
+    assert text.figure(value) == as_text
 
 
-def test_nothing_right_and_everything_right():
-    assert report.consistency(dict.fromkeys(report.FIGURES, 0.0)) == "possible"
-    assert report.consistency(dict.fromkeys(report.FIGURES, 1.0)) == "possible"
-
-
-@pytest.mark.parametrize(
-    ("row", "enough"),  # enough: the half digit that just saves the row, from the number of figures that may move
-    [
-        ({"dice": 0.86, "iou": 0.79, "precision": 0.85, "recall": 0.85}, 0.01 / 2),  # H moves as P and R do
-        ({"dice": 0.8, "iou": 0.6, "precision": 0.8, "recall": 0.8}, 0.028286),  # (.8 - h) / (1.2 + h) = .6 + h
-        ({"dice": 0.85, "iou": 0.76, "precision": 0.98, "recall": 0.79}, 0.01 / 3),
-        ({"dice": 0.84, "iou": 0.76, "precision": 0.759, "recall": 0.97}, 0.001 / 2),
-        ({"dice": 0.84, "iou": 0.76, "precision": 0.97, "recall": 0.759}, 0.001 / 2),
-        ({"dice": 0.85, "iou": 0.851, "precision": 0.88, "recall": 0.87}, 0.001 / 2),
-    ],
-)
-def test_rounding_is_granted_and_no_more(row, enough):
-    marked = report.consistency(row)
-    assert ", by ." in marked and ";" not in marked
-    assert report.consistency(row, dict.fromkeys(row, 1.01 * enough)) == "possible within rounding"
-    assert report.consistency(row, dict.fromkeys(row, 0.99 * enough)) == marked
-
-
-def test_without_precision_and_recall_only_dice_and_iou_are_compared():
-    assert report.consistency({"dice": 0.9, "iou": 0.85}) == "possible, as far as printed"
-    assert report.consistency({"dice": 0.9, "iou": 0.85, "precision": None, "recall": 0.1}) == "possible, as far as printed"
-    assert report.consistency({"dice": 0.9, "iou": 0.8}) == "IoU too low, by .0182"
-
-
-def test_an_evaluation_object_is_taken_as_it_is(sets):
-    assert report.consistency(metrics.summary(sets[0], resamples=2)) == "possible"
-
-
-def test_digits_of_a_published_figure():
-    figures, half = report.published(paper.Row(9, "any", dice="0.9130", iou="0.86", recall="0.915"))
-    assert figures == {"dice": 0.913, "iou": 0.86, "recall": 0.915}
-    assert half == pytest.approx({"dice": 5e-5, "iou": 5e-3, "recall": 5e-4})
-
-
-def parts(verdict):
-    """{complaint: amount or None} of "Dice too high, by .0002; IoU too low"."""
-    split = [part.partition(", by ") for part in verdict.split("; ")]
-    return {name: amount or None for name, _, amount in split}
-
-
-def documented():
-    """{row: (Dice, H, IoU, D / (2 - D), verdict)} of docs/paper.md, section 6."""
-    text = (ROOT / "docs" / "paper.md").read_text()
-    section = text.partition("\n## 6. ")[2].partition("\n## 7. ")[0]
-    found = {}
-    for line in re.findall(r"^\| (Table .*) \|$", section, re.M):
-        label, *cells = line.split(" | ")
-        label, _, also = label.rstrip(")").partition(" (")
-        found |= {name: cells for name in (label, also) if name}
-    return found
-
-
-def test_the_document_says_what_the_code_says():
-    rows = {f"Table {row.table}, {row.label}": row for row in paper.ROWS if row.table != 4}
-    assert set(documented()) == set(rows)
-    for label, (*cells, said) in documented().items():
-        figures, half = report.published(rows[label])
-        h = report.harmonic(figures["precision"], figures["recall"])
-        for cell, value in zip(cells, [figures["dice"], h, figures["iou"], report.jaccard(figures["dice"])], strict=True):
-            assert float(cell) == pytest.approx(value, abs=0.5 * 10.0 ** (1 - len(cell)) + 1e-9), (label, cell)
-        said, found = parts(said), parts(report.consistency(figures, half))
-        assert set(said) == set(found), label
-        assert all(amount in (None, found[name]) for name, amount in said.items()), label
-
-
-def test_rows_without_precision_and_recall_are_those_of_table_4():
+def test_every_row_of_the_paper_has_its_candidates():
     for row in paper.ROWS:
-        assert (row.precision is None) == (row.recall is None) == (row.table == 4), row
-        if row.table == 4:
-            assert report.consistency(*report.published(row)) == "possible, as far as printed"
-        assert all(0 < float(f) < 1 for f in (row.dice, row.iou, row.accuracy or "0.5"))
+        found = beside.candidates(row)
+        assert bool(found) == (row.table != 4 or row.label in beside.TABLE_4), row
+    ours = [row.label for row in paper.ROWS if row.table == 4 and not row.cited]
+    assert ours == ["MIRA-U, 50%"]
 
 
 def command(*args):
     """A process of its own: flags are those of the main module."""
-    run = [sys.executable, "-m", "mira_u_jax.report", *args]
+    run = [sys.executable, "-m", "mira_u_jax.report", *map(str, args)]
     return subprocess.run(run, cwd=ROOT, env=os.environ, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("flag", ["--check-paper", "--check_paper"])
-def test_the_command(flag):
+def test_the_check_of_the_paper(flag):
     done = command(flag)
     assert done.returncode == 0, done.stderr
     assert "| Table 2, 50%, batch 4 | .9153 | .9127 | .8552 | .8438 | Dice too high, by .0026 |" in done.stdout
     assert len([line for line in done.stdout.splitlines() if line.startswith("| Table ")]) == len(paper.ROWS)
 
 
-@pytest.mark.parametrize("args", [(), ("--nocheck-paper",)])
-def test_the_command_says_what_it_needs(args):
+def test_several_folders_follow_the_flag(results, tmp_path):
+    path = results("frac=0.1,label_seed=3,seed=3", 0.9)
+    (tmp_path / "more").mkdir()
+    results("frac=0.1,label_seed=4,seed=4", 0.9).rename(tmp_path / "more" / "b.json")
+    done = command(f"--runs={path}", tmp_path / "more", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 runs in ")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "--runs is required, or --check-paper (see --help)"),
+        (("--nocheck-paper", "--runs=results"), "--output is required, or --check-paper (see --help)"),
+        (("--runs=nowhere", "--output=out"), "--runs: nowhere does not exist; give folders of runs, or results/"),
+        (("results", "--output=out"), "argument 'results' is not a flag (see --help)"),
+    ],
+)
+def test_the_command_says_what_it_needs(args, said):
     done = command(*args)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.splitlines() == ["error: --check-paper is required (see --help)"]
+    assert done.stderr.splitlines() == [f"error: {said}"]
+
+
+def test_results_that_are_committed_can_be_read():
+    groups = runs.grouped(runs.load([ROOT / "results"]))
+    assert len(groups) > 3 and np.isfinite([g.mean("dice") for g in groups]).all()

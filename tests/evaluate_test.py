@@ -1,0 +1,219 @@
+"""What a run is measured by: its maps, the figures of each image, and the object of all of them."""
+
+import csv
+import dataclasses
+import json
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+from PIL import Image
+from scipy.special import expit
+
+from mira_u_jax import boundary, calibration, checkpoint, config, data, evaluate, inference, metrics, pseudo, steps
+
+PROMISED = {  # in results/*.json and DIR/evaluation.json, for whoever reads them
+    "dataset", "images", "dice", "iou", "accuracy", "precision", "recall", "dice_pooled", "iou_pooled", "hd95", "assd",
+    "missed", "failure_rate", "ece", "ause", "ci95",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, networks, tmp_path_factory):
+    """A workdir that holds a fresh student."""
+    settings, workdir = tiny_config("method=supervised"), tmp_path_factory.mktemp("run")
+    config.save(settings, workdir, {"commit": "none"})
+    params = {"student": networks[1]["student"]}
+    state = steps.init_state(params, steps.make_optimizer(settings.optim, params, lambda _: 0.0), settings.optim)
+    with checkpoint.open_manager(workdir, "train") as manager:
+        checkpoint.save(manager, 0, state)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_data, tmp_path_factory):
+    """Seven of the tiny images; masks with images of 48 x 80, so that logits are resampled, one of them empty."""
+    path = tmp_path_factory.mktemp("folder")
+    for part in ("images", "masks"):
+        (path / part).mkdir()
+    for i in range(7):
+        image, mask = (cv2.resize(tiny_data[part][i], (80, 48)) for part in ("image", "mask"))
+        Image.fromarray(image).save(path / "images" / f"{i}.png")
+        Image.fromarray(np.where(mask > 127, 255, 0).astype(np.uint8) * (i != 3)).save(path / "masks" / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(run, folder):
+    """(object, rows of the CSV, number of programs compiled for prediction) of one evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        compiled, traced = [], inference.maps
+        patch.setattr(inference, "maps", lambda *args, **kwargs: compiled.append(1) or traced(*args, **kwargs))
+        patch.setattr(inference, "PIXELS", 3 * 32 * 32)  # batches of 3: two whole ones and a rest
+        found = evaluate.evaluate(run, str(folder), images_csv=run / "images.csv")
+    with (run / "images.csv").open() as file:
+        return found, list(csv.DictReader(file)), len(compiled)
+
+
+def test_the_object(measured):
+    found, rows, compiled = measured
+    assert set(found) >= PROMISED and compiled == 1
+    assert found["images"] == len(rows) == 7 and [row["id"] for row in rows] == [str(i) for i in range(7)]
+    assert found["passes"] == 2 and found["network"] == "student" and not found["flips"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    for name, (low, high) in found["ci95"].items():
+        assert low <= found[name] <= high or name.startswith("ece"), name  # resampled sums of |.| lie above their own
+    for name in evaluate.AVERAGED + ("dice", "iou"):
+        assert found[name] == pytest.approx(np.mean([float(row[name]) for row in rows]), rel=1e-4), name
+    counts = np.array([[int(row[name]) for name in evaluate.COUNTED] for row in rows])
+    assert (counts.sum(1) == 48 * 80).all() and counts[3, 0] == counts[3, 2] == 0
+    assert found["dice"] == pytest.approx(metrics.scores(counts)["dice"].mean())
+    assert found["temperature"] is None and "ece_calibrated" not in found  # no labelled images at hand, none promised
+
+
+class Drop:
+    """A network that sees where it is: the red channel times a slope over the image, and noise for a dropout key."""
+
+    def __call__(self, params, image, key=None):
+        return self.outputs(params, image, key=key)[0]
+
+    def outputs(self, params, image, key=None):
+        noise = 0 if key is None else 2 * jax.random.normal(key, image.shape[:1] + (1, 1))
+        z = (image[..., 0] - 0.5) * params + noise
+        return jnp.stack([z, z - 9])[:1]
+
+
+SLOPE = jnp.linspace(-3, 8, 32)[None, None] * jnp.linspace(1, 3, 32)[None, :, None]
+
+
+def test_maps_are_the_network_without_dropout_and_its_passes(tiny_data):
+    image, network, key = tiny_data["image"][:3], Drop(), jax.random.key(1)
+    found = inference.maps(SLOPE, image, key, network=network, passes=6)
+    x = steps.to_float(jnp.asarray(image))
+    np.testing.assert_allclose(found["logits"], network(SLOPE, x), rtol=1e-4, atol=1e-5)
+    p = pseudo.teacher_passes(network, SLOPE, x, key, 6)
+    np.testing.assert_allclose(expit(found["mean"]), p.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["sigma"], np.std(p, 0, ddof=1), rtol=1e-4, atol=1e-6)
+    assert found["sigma"].mean() > 0.05 and (found["mean"] > 0).mean() != (found["logits"] > 0).mean()
+    sure = inference.maps(100 * SLOPE, image, key, network=network, passes=6)["mean"]
+    assert np.isfinite(sure).all() and np.abs(sure).max() < calibration.REACH
+
+
+def test_flips_average_the_logits_of_the_four_views(tiny_data):
+    image, wanted = steps.to_float(jnp.asarray(tiny_data["image"][:3])), 0
+    mirrored = inference.Mirrored(Drop())
+    for vertical in (1, -1):
+        for horizontal in (1, -1):
+            view = image[:, ::vertical, ::horizontal]
+            wanted += np.asarray(Drop()(SLOPE, view))[:, ::vertical, ::horizontal] / 4
+    np.testing.assert_allclose(mirrored(SLOPE, image), wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(wanted - Drop()(SLOPE, image)).max() > 0.1
+    np.testing.assert_allclose(mirrored(SLOPE, image[:, ::-1]), wanted[:, ::-1], rtol=1e-4, atol=1e-5)  # equivariant
+
+
+def test_flips_are_the_runs_unless_said(run):
+    assert [inference.Predictor(run, flips=flips).flips for flips in (None, True)] == [False, True]
+    assert inference.Predictor(run, flips=True).name == "student+flips"
+
+
+@dataclasses.dataclass
+class Measured:
+    """Maps of 16 px and a truth of 40 x 64 by which each figure is known."""
+
+    found: dict
+    truth: np.ndarray
+
+
+@pytest.fixture
+def known():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    logits = (5 - np.hypot(y - 8, x - 7)).astype(np.float32)
+    mean = logits + rng.normal(0, 0.3, logits.shape).astype(np.float32)
+    sigma = rng.uniform(0, 0.4, logits.shape).astype(np.float32)
+    truth = np.zeros((40, 64), bool)
+    truth[8:34, 14:44] = True
+    return Measured({"logits": logits, "mean": mean, "sigma": sigma}, truth)
+
+
+def test_an_image_is_measured_at_the_masks_resolution(known):
+    row, tables = evaluate.measure(known.found, known.truth)
+    z, mean, sigma = (cv2.resize(known.found[name], (64, 40)) for name in ("logits", "mean", "sigma"))
+    predicted = z > 0  # from the pass without dropout, whatever the mean says
+    wrong, band = predicted != known.truth, boundary.band(predicted)
+    assert 0 < wrong.sum() < 400 and 0 < band.sum() < band.size
+    assert row["dice"] == pytest.approx(2 * (predicted & known.truth).sum() / (predicted.sum() + known.truth.sum()))
+    assert row["hd95"] == boundary.distances(predicted, known.truth)["hd95"]
+    assert row["brier"] == pytest.approx(((expit(mean) - known.truth) ** 2).mean(), rel=1e-5)
+    assert row["ause"] == calibration.ause(sigma, wrong)
+    p = expit(mean.astype(np.float64))
+    assert row["ause_entropy"] == pytest.approx(calibration.ause(1 - np.abs(2 * p - 1), wrong), abs=1e-6)
+    assert row["sigma"] == pytest.approx(sigma.mean()) and row["sigma_band"] == pytest.approx(sigma[band].mean())
+    np.testing.assert_allclose(tables["all"], calibration.histogram(mean, known.truth), rtol=1e-6)
+    np.testing.assert_allclose(tables["band"], calibration.histogram(mean, known.truth, band), rtol=1e-6)
+
+
+def test_an_empty_prediction_is_measured_too(known):
+    known.found["logits"] = np.full((16, 16), -3.0, np.float32)
+    row, tables = evaluate.measure(known.found, known.truth)
+    assert row["dice"] == 0 and row["hd95"] == row["assd"] == 100 and row["sigma_band"] == 0
+    found = evaluate.summary([row, row], [tables, tables])
+    assert found["missed"] == 2 and found["ece_band"] == 0 and found["failure_rate"] == 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_temperature_changes_the_calibrated_figures_only(known):
+    row, tables = evaluate.measure(known.found, known.truth)
+    plain, cooled = evaluate.summary([row], [tables]), evaluate.summary([row], [tables], 3.0)
+    assert {k for k in cooled if k not in plain} == {"ece_calibrated", "ece_band_calibrated"}
+    assert all(cooled[k] == plain[k] for k in plain if k not in ("temperature", "ci95"))
+    wanted = calibration.reliability(calibration.histogram(cv2.resize(known.found["mean"] / 3, (64, 40)), known.truth))
+    assert cooled["ece_calibrated"] == pytest.approx(float(calibration.ece(wanted)), abs=2e-3) != cooled["ece"]
+
+
+@pytest.fixture
+def training(tiny_data, monkeypatch):
+    """A training set whose rows 1, 4 and 5 are labelled; the data_dirs it was asked of."""
+    rows = [{"image": i, "mask": m} for i, m in zip(tiny_data["image"], tiny_data["mask"], strict=True)]
+    asked = []
+
+    def training_set(settings):
+        asked.append(settings.data_dir)
+        return data.TrainingSet(rows, np.array([1, 4, 5]), np.arange(12), "")
+
+    monkeypatch.setattr(data, "training_set", training_set)
+    return asked
+
+
+class Red:
+    """A predictor whose logits are the red channel."""
+
+    name, settings = "student", FrozenConfigDict({"data_dir": "elsewhere"})
+
+    def __call__(self, examples):
+        for example in examples:
+            yield example, {"mean": 0.05 * (120.0 - example.image[..., 0])}
+
+
+def test_temperature_comes_from_the_labelled_images_and_is_kept(tmp_path, tiny_data, training):
+    assert evaluate.temperature(tmp_path, Red(), "there", at_hand=False) == {}
+    found = evaluate.temperature(tmp_path, Red(), "there", at_hand=True)
+    assert found["images"] == 3 and training == ["there"] and not (tmp_path / "temperature.json").exists()
+    histograms = [
+        calibration.histogram(0.05 * (120.0 - tiny_data["image"][i][..., 0]), tiny_data["mask"][i] / 255) for i in (1, 4, 5)
+    ]
+    assert found == calibration.out_of_fold(np.stack(histograms)) and found["temperature"] != 1
+    kept = evaluate.temperature(tmp_path, Red(), "there", at_hand=True, refit=True)
+    assert evaluate.temperature(tmp_path, Red(), "", at_hand=False) == kept == found and len(training) == 2
+
+
+def test_a_run_from_before_the_keys_is_measured_as_they_default(run, tmp_path):
+    old = json.loads((run / "config.json").read_text())
+    del old["config"]["evaluation"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    predictor = inference.Predictor(tmp_path)
+    assert predictor.passes == 8 and not predictor.flips
