@@ -1,6 +1,7 @@
 """Folders of one's own: what is found and what is wrong, who is labelled and held out, what must not come in."""
 
 import cli_test
+import ml_collections
 import numpy as np
 import pytest
 from cli_test import encoded, main, refused, zips
@@ -148,6 +149,17 @@ def test_a_wrong_key(mine, keys, words):
 
 def test_no_truth_no_report_on_it(mine, tiny_config):
     assert not configuration.outlined(config(mine)) and configuration.outlined(tiny_config())
+
+
+def test_the_key_decides_only_where_it_names_a_folder(mine, tiny_config):
+    """So that runs from before it go on, and results keep no path."""
+    plain = tiny_config()
+    old = ml_collections.FrozenConfigDict({k: v for k, v in plain.to_dict().items() if k != "files"})
+    assert configuration.fingerprint(old) == configuration.fingerprint(plain)
+    assert configuration.fingerprint(config(mine)) != configuration.fingerprint(config(mine, holdout=0))
+    assert configuration.without_paths(plain.files.to_dict()) == configuration.without_paths({}) == {}
+    kept = configuration.without_paths(config(mine).files.to_dict())
+    assert kept == {"images": True, "masks": True, "extra": False, "holdout": 0.2, "skip": 0}
 
 
 # --- more images for ISIC ---------------------------------------------------------------------------------------------
