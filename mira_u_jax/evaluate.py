@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 from scipy.special import expit
 
-from mira_u_jax import boundary, calibration, command, config, data, figures, metrics
+from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.inference import Predictor, at_size
 from mira_u_jax.logger import Logger
@@ -50,8 +50,9 @@ def evaluate(
     if images_csv:
         write_rows(images_csv, rows)
     label = data.DATASETS.get(name, name)
-    picture = f"{pathlib.Path(label).name}_{split}_{predictor.name}.png"
-    cases(pathlib.Path(workdir) / "figures" / picture, seen, [row["dice"] for row in rows])
+    kept = f"{pathlib.Path(label).name}_{split}_{predictor.name}"
+    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", seen, [row["dice"] for row in rows])
+    keep_worst(pathlib.Path(workdir) / "cases" / kept, seen, rows)
     fitted = temperature(workdir, predictor, data_dir, at_hand=own, refit=refit)
     found = summary(rows, tables, fitted.get("temperature"))
     about = {"dataset": label, "split": split, "network": network, "flips": predictor.flips, "passes": predictor.passes}
@@ -135,6 +136,15 @@ def cases(path, seen, dice, *, each: int = 2):
     figures.panel(path, columns, [f"{name}\nDice {dice[i]:.3f}" for name, i in zip(ids, picked, strict=True)])
 
 
+def keep_worst(folder, seen, rows):
+    """The images with the lowest Dice, for a page of runs; seen as for `cases`, rows: the figures of each image."""
+    picked = np.argsort([row["dice"] for row in rows], kind="stable")[: worst.KEPT]
+    _, images, truths, logits, sigma = (np.stack(part) for part in zip(*(seen[i] for i in picked), strict=True))
+    maps = {"image": images, "truth": truths / 255, "prediction": expit(logits), "sigma": sigma}
+    names = ("dice", "iou", "precision", "recall", "hd95", "sigma")
+    worst.write(folder, [row["id"] for row in rows], {name: [row[name] for row in rows] for name in names}, picked, maps)
+
+
 def table(result: dict) -> str:
     """The evaluation object as text."""
     lines = [f"{result['dataset']} {result['split']}: {result['images']} images, {result['missed']} lesions missed"]
@@ -151,11 +161,17 @@ def finish(workdir):
     """
     workdir, settings = pathlib.Path(workdir), config.load(workdir)
     name = settings.dataset if settings.split == "dev" else settings.test
+    if name == "folder" and not data.measurable(settings):
+        print("no outlined image is held out (holdout): nothing is measured", flush=True)
+        return
     result = evaluate(workdir, name, split=settings.split, images_csv=workdir / "evaluation_images.csv", refit=True)
     write(workdir / "evaluation.json", result)
     (workdir / "evaluation.txt").write_text(table(result) + "\n")
     run = json.loads((workdir / "config.json").read_text())
     del run["config"]["data_dir"]  # where data lie is nobody else's business
+    run["config"]["files"] = config.without_paths(run["config"].get("files", {}))
+    if not run["config"]["files"]:
+        del run["config"]["files"]
     seconds = round(Logger.seconds(workdir))
     write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})
     print(table(result), flush=True)

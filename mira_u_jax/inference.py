@@ -46,6 +46,15 @@ def maps(params, image, key, *, network, passes: int) -> dict[str, jax.Array]:
     return {"logits": logits, "mean": jnp.log(mu) - jnp.log1p(-mu), "sigma": sigma}
 
 
+def alike(params, image, key, *, network, passes: int) -> dict[str, jax.Array]:
+    """`maps`, but all images meet the same `passes` thinned networks: what one gets does not depend on its batch."""
+
+    def one(image):
+        return {name: values[0] for name, values in maps(params, image[None], key, network=network, passes=passes).items()}
+
+    return jax.vmap(one)(image)
+
+
 class Predictor:
     """The averaged network of a run, compiled once: predictor(examples) yields (example, maps of it).
 
@@ -64,8 +73,8 @@ class Predictor:
         self.key = named(jax.random.key(settings.seed), "evaluation")
         self.batch = min(max(PIXELS // settings.size**2, 2), 16)
         module = steps.make_networks(names, "train", settings)[network]
-        module = Mirrored(module) if self.flips else module
-        self.step = jax.jit(functools.partial(maps, network=module, passes=self.passes))
+        self.network = Mirrored(module) if self.flips else module
+        self.step = jax.jit(functools.partial(maps, network=self.network, passes=self.passes))
 
     def __call__(self, examples):
         """examples: iterable of what has .image (s, s, 3) uint8; the last batch is padded."""

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx, struct
 
 from mira_u_jax import augment, equations, pseudo
-from mira_u_jax.config import steps_of
+from mira_u_jax.config import outlined, steps_of
 from mira_u_jax.rng import named
 from mira_u_jax.student import MaskedReconstruction, Student
 from mira_u_jax.teacher import MaskedAutoencoder, Teacher, to_patches
@@ -207,6 +207,7 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
             state, x_w, named(key, "passes"), networks=networks, config=config, share=state.step / steps
         )
         p_w = jax.lax.stop_gradient(jax.nn.sigmoid(learners["student"](state.params["student"], x_w)))
+        truth = truth if outlined(config) else None
         metrics |= pseudo.report(labels["student"], p_w, truth, filtered=config.pseudo.filter != "none")
         weak = View(x_w, jnp.ones_like(p_w), p_w, labels)
         # 4. CutMix moves everything that belongs to a pixel; each strong view has boxes of its own.

@@ -199,7 +199,7 @@ class Run:
                     manager.wait_until_finished()
                     raise Preempted(f"{name}: told to leave, saved at step {done} of {total}")
                 if draw and (done % every["figures"] == 0 or last):
-                    draw(done, state)
+                    logger.picture(done, draw(done, state))
             manager.wait_until_finished()
             if first < total:
                 cluster.say(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s")

@@ -171,6 +171,18 @@ MUTANTS = [Mutant(*fields) for fields in (
     # measurement
     ("a missed lesion counts as precision 1", "metrics.py", "(fp + fn == 0).astype(float)", "1.0",
      "tests/metrics_test.py"),
+    # people's own images
+    ("held-out images are trained on", "data.py", "ids = [id for id in found.images if id not in held]",
+     "ids = list(found.images)", "tests/files_test.py -k held_out"),
+    ("test images come in under another name", "data.py", "if fingerprint(pixels) in prints else None",
+     "if fingerprint(pixels) in () else None", "tests/files_test.py -k extra"),
+    ("masks of PH2 are predicted on", "inputs.py", "if not NO_IMAGE.search(at.as_posix()) and ignore", "if ignore",
+     "tests/predict_test.py -k outlines_of"),
+    ("sigma on the mask's file", "predict.py", 'save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)',
+     'save(output / f"{item.id}_mask.png", (sigma * 510).astype(np.uint8))', "tests/predict_test.py -k lie_on"),
+    ("the whole folder is read at once", "predict.py", "if len(queue) > count:", "if len(queue) > 100 * count:",
+     "tests/predict_test.py -k under_way"),
+    # measurement, continued
     ("a missed lesion is no distance", "boundary.py", "(0.0, 0.0) if right else (LOST, GRID * 2**0.5)", "(0.0, 0.0)",
      "tests/boundary_test.py -k missed"),
     ("distances in one direction", "boundary.py", "percent = np.concatenate([there, back])", "percent = there",
