@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-all mutants bench lint requirements clean
+.PHONY: run test test-all mutants kills bench lint requirements clean
 
 # Environment, embedded data, masked image modelling, semi-supervised training, evaluation, pictures.
 run: $(INSTALLED)
@@ -21,6 +21,10 @@ test-all: $(INSTALLED)
 # Deliberate faults, each of which a test must catch.
 mutants: $(INSTALLED)
 	$(PY) tests/mutants.py $(ARGS)
+
+# N runs killed at random moments and ten told to leave, all of which must end with the bits of one left alone.
+kills: $(INSTALLED)
+	$(PY) tests/kills.py --kills=$(or $(N),30) $(ARGS)
 
 # The speed table, beside a PyTorch trainer of the same step where PyTorch is installed (pip install torch).
 bench: $(INSTALLED)

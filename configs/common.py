@@ -45,8 +45,10 @@ def tree() -> ml_collections.ConfigDict:
     )
     c.train = dict(
         steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
-        log_every=50, save_every="5%", figures_every="20%", keep=1,
+        log_every=50, save_every="5%", figures_every="20%",
+        keep=2,  # checkpoints: an older one for the day when the newest is damaged
     )
+    c.mesh = dict(fsdp=False)  # true: parameters, averages and moments are spread over the devices
     c.optim = dict(
         lr=1e-3, weight_decay=0.05, clip=1.0, warmup=0.05, schedule="cosine",
         # schedule=plateau: a share of the LABELLED images validates; patience counts validations

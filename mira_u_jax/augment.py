@@ -6,11 +6,12 @@ masks (h, w) in [0, 1]. Geometry moves image and mask together; colour moves the
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from mira_u_jax.rng import named, per_example
 
-GREY = jnp.asarray([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's "L"
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601 luma, as Pillow's "L"; NumPy: an import uses no device
 
 
 # --- geometry -------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 
 import jax
 from absl import flags
 
+from mira_u_jax import cluster
 from mira_u_jax.errors import UserError, exit_status
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -41,7 +43,11 @@ def run(body, *, required: tuple[str, ...] = (), rest: str = ""):
     if {"--help", "-h", "-help"} & set(argv):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
         sys.exit(0)
-    sys.exit(exit_status(checked, debug=debug))
+    if not debug:  # orbax's threads raise in the main one too, where it becomes a line
+        threading.excepthook = sys.unraisablehook = lambda _: None
+    status = exit_status(checked, debug=debug)
+    cluster.leave(status)
+    sys.exit(status)
 
 
 def plain(error: Exception) -> UserError:

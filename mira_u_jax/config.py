@@ -9,7 +9,8 @@ import ml_collections
 from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
-TRANSPORT = ("data_dir", "data")  # top-level keys that change no result: where data lie and how they are read
+# Keys, and branches of keys, that change no result: where data and parameters lie, what is kept.
+TRANSPORT = ("data_dir", "data", "mesh", "train.keep")
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions")
@@ -24,6 +25,8 @@ RULES = {
     "data.stream": ("auto, true or false", lambda v: str(v).lower() in ("auto", "true", "false")),
     "data.limit_gb": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "data.threads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "mesh.fsdp": ("True or False", lambda v: isinstance(v, bool)),
+    "train.keep": ("an integer >= 2, as the newest checkpoint may be damaged", lambda v: is_int(v) and v >= 2),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
     "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
@@ -71,6 +74,7 @@ RULES = {
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "student.widths": ("integers >= 1", lambda v: not isinstance(v, str) and all(is_int(w) and w >= 1 for w in v)),
     "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
     "student.skips": ("gate or cross, one a width but the last", lambda v: set(v) <= {"gate", "cross"}),
 }
@@ -188,8 +192,12 @@ def steps_of(value, *, epoch: int, total: int | None = None, key: str = "steps")
 
 def fingerprint(config) -> str:
     """Eight hex digits of what decides a run's result; where the data lie and how they are read does not."""
-    tree = {k: v for k, v in json.loads(config.to_json()).items() if k not in TRANSPORT}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    decides = {k: v for k, v in flat(config).items() if not is_transport(k)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def is_transport(dotted: str) -> bool:
+    return any(f"{dotted}.".startswith(f"{key}.") for key in TRANSPORT)
 
 
 def load(workdir) -> ml_collections.FrozenConfigDict:
@@ -199,7 +207,7 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
         return ml_collections.FrozenConfigDict(json.loads(path.read_text())["config"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a configuration that main wrote: train again in another --workdir") from None
 
 
@@ -208,7 +216,7 @@ def save(config, workdir, facts: dict):
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
         old, new = flat(load(workdir)), flat(config)
-        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k.split(".")[0] not in TRANSPORT)
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not is_transport(k))
         if differ:
             k = differ[0]
             raise UserError(

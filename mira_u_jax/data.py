@@ -6,6 +6,7 @@ order is a pure function of (seed, stream, position), so a checkpoint holds no i
 
 import dataclasses
 import pathlib
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -132,11 +133,17 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
         return common.by_id((pathlib.Path(f.name).stem.removesuffix("_Segmentation"), f) for f in files)
 
     pairs = common.pair(stems("images"), stems("masks"), "every image needs one mask of the same name")
+    inverted = 0
     for stem, (image_file, mask_file) in pairs.items():
         image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
         if image.size != mask.size:
             raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
-        yield Example(stem, common.squash(np.asarray(image.convert("RGB")), size), common.binary_mask(mask) > 0)
+        pixels, truth = np.asarray(image.convert("RGB")), common.binary_mask(mask, mask_file) > 0
+        example = Example(stem, common.squash(pixels, size), truth)
+        inverted += common.looks_inverted(example.mask)
+        yield example
+    if inverted > len(pairs) / 2:
+        print(f"warning: in most of {path / 'masks'} the rim is lesion; lesion must be white, skin black", flush=True)
 
 
 def hold_out(labelled: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,10 +179,32 @@ def streamed(cfg, rows: Rows) -> bool:
     return choice == "true" or choice == "auto" and rows.bytes() > cfg.limit_gb * 1e9
 
 
-def stream(rows: Rows, order: grain.MapDataset, *, first: int, batch: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+def stream(
+    rows: Rows, order: grain.MapDataset, *, first: int, batch: int, threads: int, share: slice = slice(None)
+) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps first, first + 1, ...: {"image": (b, s, s, 3), "mask": (b, s, s)}, those of `batch_at`.
 
-    `threads` read ahead, a few batches at most; a batch is handed on as soon as it is whole.
+    Of each only its `share` is read. `threads` read ahead, a few batches at most; a batch is handed on as soon as it is
+    whole.
     """
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch)
-    return iter(order[first * batch :].map(rows.__getitem__).to_iter_dataset(ahead).batch(batch))
+    places = range(batch)[share]
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * len(places))
+    picked = grain.MapDataset.source(Share(order, first, batch, places))
+    return iter(picked.map(rows.__getitem__).to_iter_dataset(ahead).batch(len(places)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Of the batches of an order, from that of step `first` on, the examples at `places`; batch after batch."""
+
+    order: grain.MapDataset
+    first: int
+    batch: int
+    places: range
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, p) -> int:
+        step, place = divmod(int(p), len(self.places))
+        return self.order[(self.first + step) * self.batch + self.places[place]]

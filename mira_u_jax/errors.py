@@ -10,12 +10,22 @@ class UserError(ValueError):
     """What the caller got wrong. The message is one line that names the key, value, path or file, and the remedy."""
 
 
+class Preempted(Exception):
+    """The run was told to leave and has saved. The message is one line that says how far it came."""
+
+
+PREEMPTED = 143  # 128 + SIGTERM, what a shell reports of a process that SIGTERM ended
+
+
 def exit_status(run, *, debug: bool = False) -> int:
-    """Call run() and return 0; or print one line and return 2 for what the caller got wrong, 1 for what broke."""
+    """Call run() and return 0; or print one line and return another status: docs/development.md, "Exit status"."""
     try:
         run()
     except (UserError, DataError) as error:
         return report(error, 2, debug)
+    except Preempted as leave:
+        print(f"{leave}; the same command goes on from there", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

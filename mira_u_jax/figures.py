@@ -1,5 +1,6 @@
 """Pictures of a run: panels of images side by side, and its curves."""
 
+import functools
 import json
 import pathlib
 
@@ -7,7 +8,7 @@ import jax
 import matplotlib
 import numpy as np
 
-from mira_u_jax import pseudo
+from mira_u_jax import pseudo, sharding
 from mira_u_jax.rng import named
 
 matplotlib.use("Agg")  # no screen
@@ -83,7 +84,7 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
 
     image, mask = (values.astype(np.float32) / 255 for values in run.dataset.rows.take(shown).values())
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
     def look(state, image, key):
         maps = {"prediction": jax.nn.sigmoid(networks["student"](state.ema["student"], image))}
         if semi:
@@ -95,6 +96,8 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
 
     def draw(step, state):
         maps = {"image": image, "truth": mask} | jax.device_get(look(state, image, run.key))
+        if jax.process_index():  # every process computes, the first one writes
+            return
         titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "w", "prediction") if t in maps]
         panel(run.workdir / "figures" / f"train_{step:06d}.png", {t: maps[t] for t in titles}, [str(i) for i in shown])
 

@@ -3,20 +3,27 @@
     python -m mira_u_jax.main --config=configs/isic.py:frac=0.25 [--workdir=DIR] [--config.key=value ...]
 
 The same command again goes on where the last one stopped. DIR (default runs/<name>-<hash of the config>) then holds
-config.json, metrics.jsonl, checkpoints/, figures/ and evaluation.json.
+config.json, metrics.jsonl, checkpoints/, figures/ and evaluation.json. On several machines: docs/clusters.md.
 """
 
+import contextlib
 import pathlib
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
-from mira_u_jax import command, config, evaluate, train
+from mira_u_jax import cluster, command, config, evaluate, train
 from mira_u_jax.errors import UserError
+from mira_u_jax.workdir import claimed
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:key=value,... as configs/isic.py:frac=0.25.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name>-<hash of the config>.")
+
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes make one run.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes make the run.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+TIMEOUT = flags.DEFINE_integer("cluster_timeout", 100, "Seconds after which a silent process counts as lost.", lower_bound=5)
 
 
 def main():
@@ -25,9 +32,12 @@ def main():
             raise UserError(f"--config.{name} comes too late to set what it stands for: write --config=FILE:{name}=...")
     resolved = config.check(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value or f"runs/{resolved.name}-{config.fingerprint(resolved)}")
-    print(f"workdir {workdir}", flush=True)
-    train.run(resolved, workdir)
-    evaluate.finish(workdir)
+    cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=TIMEOUT.value)
+    cluster.say(f"workdir {workdir}")
+    with claimed(workdir) if cluster.first() else contextlib.nullcontext():
+        train.run(resolved, workdir)
+        if cluster.first():
+            evaluate.finish(workdir)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""Where arrays lie: one mesh axis `data` over all devices. Models and losses know nothing of it."""
+"""Where arrays lie: one mesh axis `data` over all devices of all processes. Models and losses know nothing of it."""
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+WHOLE_BELOW = 2**12  # elements; to part a smaller array costs more than it saves
 
-def make_mesh() -> Mesh:
-    """All devices of all processes on the axis `data`. Auto axes: XLA places the collectives."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+def make_mesh(count: int | None = None) -> Mesh:
+    """All devices, or the first `count`, on the axis `data`, those of a process beside each other.
+
+    Auto axes: XLA places the collectives.
+    """
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:count]
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -17,3 +24,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batched(mesh: Mesh) -> NamedSharding:
     """The first axis, the global batch, is spread over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def layout(tree, mesh: Mesh, *, fsdp: bool):
+    """The sharding of each leaf of a parameter or state tree: whole everywhere, or with `fsdp` spread by the rule.
+
+    The rule reads the shape alone, so that a parameter, its average and its moments lie alike: the longest axis that the
+    devices divide, the last of equals; what has none, or is small, stays whole.
+    """
+
+    def rule(leaf):
+        fitting = [axis for axis, length in enumerate(leaf.shape) if length % mesh.size == 0]
+        if not fsdp or not fitting or leaf.size < WHOLE_BELOW:
+            return replicated(mesh)
+        longest = max(fitting, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+    return jax.tree.map(rule, tree)
+
+
+def share(mesh: Mesh, batch: int) -> slice:
+    """Which part of a global batch lies on this process's devices."""
+    places = batched(mesh).addressable_devices_indices_map((batch,)).values()
+    return slice(min(p[0].start or 0 for p in places), max(batch if p[0].stop is None else p[0].stop for p in places))
+
+
+def spread(tree, mesh: Mesh, batch: int):
+    """The global batch of which this process has its share in NumPy arrays, (share of b, ...) each."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(batched(mesh), x, (batch, *x.shape[1:])), tree
+    )
+
+
+def everywhere(tree, mesh: Mesh):
+    """The same NumPy arrays of all processes, whole on every device."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(mesh), x, x.shape), tree)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from mira_u_jax.layers import ConvBlock, ConvTranspose, CrossSkip, GateSkip, GroupNorm, SwinPair, drop
+from mira_u_jax.layers import ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, SwinPair
 from mira_u_jax.teacher import hidden_patches
 
 
@@ -66,7 +66,7 @@ class Student(nnx.Module):
             widths=widths, stages=stages, window=window, head_width=head_width, mlp_ratio=mlp_ratio, dropout=dropout,
             rngs=rngs,
         )
-        self.bottleneck = nnx.Dropout(dropout)
+        self.bottleneck = Dropout(dropout)
         self.up, self.skip, self.decoder = nnx.List(), nnx.List(), nnx.List()
         for i, (kind, c) in enumerate(zip(skips, widths, strict=False)):
             self.up.append(ConvTranspose(widths[i + 1], c, rngs=rngs))
@@ -86,10 +86,10 @@ class Student(nnx.Module):
         if perturb:
             if rngs is None:
                 raise ValueError("Student.outputs: perturb needs rngs")
-            channels = nnx.Dropout(perturb, broadcast_dims=(1, 2))
-            features = [drop(channels, x, rngs) for x in features]
+            channels = Dropout(perturb, whole_maps=True)
+            features = [channels(x, rngs=rngs) for x in features]
         *skips, x = features
-        x = drop(self.bottleneck, x, rngs)
+        x = self.bottleneck(x, rngs=rngs)
         for i in reversed(range(len(skips))):
             below, x = x, self.decoder[i](self.skip[i](self.up[i](x), skips[i]), rngs=rngs)
         logits = [self.out(x)] + ([self.auxiliary(below)] if self.auxiliary else [])

@@ -12,10 +12,11 @@ import time
 import jax
 import numpy as np
 
-from mira_u_jax import checkpoint, data, figures, metrics, sharding, steps
+from mira_u_jax import checkpoint, cluster, data, figures, metrics, sharding, steps
 from mira_u_jax import config as configuration
-from mira_u_jax.errors import UserError
+from mira_u_jax.errors import Preempted, UserError
 from mira_u_jax.logger import Logger
+from mira_u_jax.preemption import Notice
 
 
 def run(config, workdir):
@@ -25,8 +26,11 @@ def run(config, workdir):
         if mesh.size > 1 and configuration.get(config, key) % unit:
             raise UserError(f"config key {key}: it must be a multiple of {unit} on {mesh.size} devices")
     dataset = data.training_set(config)
-    configuration.save(config, workdir, facts())
-    print(f"{config.dataset}: {dataset.summary}", flush=True)
+    if cluster.first():
+        configuration.save(config, workdir, facts())
+    cluster.meet("configuration")
+    configuration.load(workdir)  # raises where a process does not see the folder of the others
+    cluster.say(f"{config.dataset}: {dataset.summary}")
     run = Run(config, pathlib.Path(workdir), mesh, dataset)
 
     names = steps.network_names(config)
@@ -39,7 +43,8 @@ def run(config, workdir):
         for name in targets:
             params[name]["encoder"] = pretrained.params[name]["encoder"]
     state = run.train(names, params)
-    figures.training_curves(workdir)
+    if cluster.first():
+        figures.training_curves(workdir)
     return state
 
 
@@ -48,10 +53,9 @@ class Run:
 
     def __init__(self, config, workdir: pathlib.Path, mesh, dataset: data.TrainingSet):
         self.config, self.workdir, self.mesh, self.dataset = config, workdir, mesh, dataset
-        everywhere = sharding.replicated(mesh)
-        self.key = jax.device_put(jax.random.key(config.seed), everywhere)
+        self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         streamed = data.streamed(config.data, dataset.rows)
-        self.resident = None if streamed else jax.device_put(dataset.rows.take(dataset.unlabelled), everywhere)
+        self.resident = None if streamed else sharding.everywhere(dataset.rows.take(dataset.unlabelled), mesh)
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
         """Stage 1, masked image modelling on the pool, `total` steps."""
@@ -61,7 +65,7 @@ class Run:
         networks = steps.make_networks(names, "pretrain", config)
         return self.stage(
             "pretrain", total=total, epoch=epoch, images=cfg.batch,
-            state=steps.init_state(steps.init_params(names, "pretrain", config, self.key), tx, config.optim),
+            params=steps.init_params(names, "pretrain", config, self.key), tx=tx,
             step_fn=functools.partial(steps.pretrain_step, networks=networks, tx=tx, config=config),
             batches=self.batches({"unlabelled": data.order(config.seed, "pretrain", self.dataset.unlabelled)}, cfg.batch),
         )
@@ -89,7 +93,7 @@ class Run:
             del orders["unlabelled"]
         return self.stage(
             "train", total=total, epoch=epoch, images=len(orders) * cfg.batch,
-            state=steps.init_state(params, tx, config.optim),
+            params=params, tx=tx,
             step_fn=functools.partial(steps.train_step, networks=networks, tx=tx, config=config, steps=total, epoch=epoch),
             batches=self.batches(orders, cfg.batch),
             after=validate, draw=figures.training_figure(self, networks, labelled, steps=total),
@@ -102,7 +106,8 @@ class Run:
         if not len(labelled):
             raise UserError("config key optim.schedule=plateau: one labelled image cannot also validate; use cosine")
         every = max(configuration.steps_of(cfg.every, epoch=epoch, total=total, key="optim.plateau.every"), 1)
-        predict = jax.jit(functools.partial(steps.eval_step, network=network))
+        whole = sharding.replicated(self.mesh)
+        predict = jax.jit(functools.partial(steps.eval_step, network=network), out_shardings=whole)
         transform = steps.make_plateau(self.config.optim)
         validation = self.dataset.rows.take(held_out)
 
@@ -114,46 +119,56 @@ class Run:
             )
             counts = [metrics.confusion(p, t > 127) for p, t in zip(found, validation["mask"], strict=True)]
             dice = metrics.scores(counts)["dice"].mean()
-            _, plateau = transform.update({}, state.plateau, value=1 - np.float32(dice))
-            plateau = jax.device_put(plateau, sharding.replicated(self.mesh))
+            _, plateau = transform.update({}, jax.device_get(state.plateau), value=1 - np.float32(dice))
+            plateau = sharding.everywhere(jax.device_get(plateau), self.mesh)
             return state.replace(plateau=plateau), {"validation_dice": float(dice), "lr_scale": float(plateau.scale)}
 
         return labelled, validate
 
     def batches(self, orders: dict, batch: int):
-        """A function of the first step: the (data, index) that `steps.rows` takes, step after step."""
+        """A function of the first step: the (data, index) that `steps.rows` takes, step after step.
+
+        A process reads its own share of each global batch and no more.
+        """
+        mine = sharding.share(self.mesh, batch)
 
         def resident(first):
             for step in itertools.count(first):
-                index = {name: data.batch_at(order, step, batch) for name, order in orders.items()}
-                yield self.resident, jax.device_put(index, sharding.batched(self.mesh))
+                index = {name: data.batch_at(order, step, batch)[mine] for name, order in orders.items()}
+                yield self.resident, sharding.spread(index, self.mesh, batch)
 
         def streamed(first):
             threads = self.config.data.threads
             streams = {
-                name: data.stream(self.dataset.rows, order, first=first, batch=batch, threads=threads)
+                name: data.stream(self.dataset.rows, order, first=first, batch=batch, share=mine, threads=threads)
                 for name, order in orders.items()
             }
             while True:
                 fetched = {name: next(stream) for name, stream in streams.items()}
-                yield jax.device_put(fetched, sharding.batched(self.mesh)), None
+                yield sharding.spread(fetched, self.mesh, batch), None
 
         return streamed if self.resident is None else resident
 
-    def stage(self, name, *, total, epoch, images, state, step_fn, batches, after=None, draw=None) -> steps.TrainState:
-        """Run one stage to `total` steps, from its newest checkpoint if there is one."""
+    def start(self, params, tx):
+        """(state at step 0, where each of its leaves lies) on the mesh."""
+        init = functools.partial(steps.init_state, tx=tx, optim=self.config.optim)
+        layout = sharding.layout(jax.eval_shape(init, params), self.mesh, fsdp=self.config.mesh.fsdp)
+        return jax.jit(init, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0})(params), layout
+
+    def stage(self, name, *, total, epoch, images, params, tx, step_fn, batches, after=None, draw=None) -> steps.TrainState:
+        """Run one stage to `total` steps, from its newest checkpoint if there is one. Preempted when told to leave."""
         cfg = self.config.train
         every = {
             what: max(configuration.steps_of(cfg[f"{what}_every"], epoch=epoch, total=total, key=f"train.{what}_every"), 1)
             for what in ("log", "save", "figures")
         }
-        state = jax.device_put(state, sharding.replicated(self.mesh))
-        step_fn = jax.jit(step_fn, donate_argnums=0)
-        with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager:
+        state, layout = self.start(params, tx)
+        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+        with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager, Notice() as leave:
             state = checkpoint.restore(manager, state) or state
             first = int(state.step)
             if first:
-                print(f"{name}: going on from step {first} of {total}", flush=True)
+                cluster.say(f"{name}: going on from step {first} of {total}")
             logger = Logger(self.workdir, name, step=first, steps=total, images_per_step=images)
             started = time.perf_counter()
             for step, (arrays, index) in zip(range(first, total), batches(first), strict=False):
@@ -164,15 +179,20 @@ class Run:
                     state, validated = after(done, state)
                     if validated:
                         logger.write(done, "validation", validated)
-                if done % every["log"] == 0 or done % every["save"] == 0 or last:
+                leaving = leave()
+                keep = done % every["save"] == 0 or last or leaving
+                if done % every["log"] == 0 or keep:
                     logger.flush(done)  # before any save: what is not finite is not kept
-                if done % every["save"] == 0 or last:
+                if keep:
                     checkpoint.save(manager, done, state)
+                if leaving:
+                    manager.wait_until_finished()
+                    raise Preempted(f"{name}: told to leave, saved at step {done} of {total}")
                 if draw and (done % every["figures"] == 0 or last):
                     draw(done, state)
             manager.wait_until_finished()
             if first < total:
-                print(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s", flush=True)
+                cluster.say(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s")
         return state
 
 

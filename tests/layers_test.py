@@ -108,6 +108,16 @@ def test_attention_equals_torch(attention_case):
     close(module(x, context, bias=bias), out(joined(attend(*map(torch.tensor, qkv), attn_mask=torch.tensor(bias)))))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attend_equals_the_function_of_jax(dtype):
+    q, k, v = (jnp.asarray(normal(2, n, 3, 4), dtype) for n in (5, 7, 7))
+    bias = jnp.asarray(np.where(normal(2, 3, 5, 7) > 1.5, layers.MASKED, 30 * normal(2, 3, 5, 7)), jnp.float32)
+    found, wanted = layers.attend(q, k, v, bias), jax.nn.dot_product_attention(q, k, v, bias=bias.astype(dtype))
+    assert found.dtype == dtype and found.shape == wanted.shape
+    atol = 1e-5 if dtype == jnp.float32 else 0.1  # jax rounds the bias too
+    np.testing.assert_allclose(np.float32(found), np.float32(wanted), atol=atol)
+
+
 def test_self_attention_is_attention_to_itself(attention_case):
     module, x, _, _ = attention_case
     close(module(x), module(x, x), atol=0)
@@ -254,8 +264,18 @@ def test_dropout_is_off_without_rngs_and_a_function_of_its_key(name):
     assert np.abs(first[0] - still[0]).max() > 1e-3 and np.abs(first[1] - still[1]).max() > 1e-3  # every example
 
 
-def test_dropout_keeps_the_expectation():
-    module, x = nnx.Dropout(0.25), jnp.ones((100, 100))
-    dropped = np.asarray(layers.drop(module, x, nnx.Rngs(dropout=jax.random.key(0))))
-    assert set(np.unique(dropped.round(5))) == {0.0, np.float32(1 / 0.75).round(5)}
-    assert dropped.mean() == pytest.approx(1, abs=0.02)
+@pytest.mark.parametrize(("rate", "rounded"), [(0.25, 64 / 256), (0.1, 26 / 256), (0.001, 1 / 256)])
+def test_dropout_keeps_the_expectation(rate, rounded):
+    dropped = np.asarray(layers.Dropout(rate)(jnp.ones((200, 202)), rngs=nnx.Rngs(dropout=jax.random.key(0))))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / (1 - rounded))}
+    assert (dropped == 0).mean() == pytest.approx(rounded, abs=4 * (rounded / 40_000) ** 0.5)
+    for a, b in ((dropped[:, :-1], dropped[:, 1:]), (dropped[:-1], dropped[1:])):  # neighbours share a word, not a draw
+        together = ((a == 0) & (b == 0)).mean()
+        assert together == pytest.approx(rounded**2, abs=4 * (rounded**2 / 40_000) ** 0.5 + 1e-5)
+
+
+def test_dropout_of_whole_maps_and_of_nothing():
+    x, rngs = jnp.ones((8, 3, 5, 16)), nnx.Rngs(dropout=jax.random.key(1))
+    dropped = np.asarray(layers.Dropout(0.5, whole_maps=True)(x, rngs=rngs))
+    assert (dropped == dropped[:, :1, :1]).all() and set(np.unique(dropped)) == {0.0, 2.0}
+    assert layers.Dropout(0.0)(x, rngs=rngs) is x and layers.Dropout(0.5)(x) is x

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ from PIL import Image
 
 LABEL_SEEDS = 8  # label seeds 0..7, one column of `label_rank` each
 DEV_BELOW = 51  # of 256: about a fifth of the training images
+MAX_PIXELS = 80_000_000  # of an image; decoded and squashed it takes less than a gigabyte
+MIN_SIDE = 8  # of an image
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow's modes
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from 89,478,485 on; we refuse before
 
 
 class DataError(ValueError):
@@ -77,20 +82,27 @@ class Source:
       names: sorted relative POSIX paths of its files.
 
     Raises:
-      DataError: `path` is neither a folder nor a readable zip.
+      DataError: `path` is neither a folder nor a readable zip, or a name in it leads out of it.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._zip = None
         if self.path.is_dir():
+            root = self.path.resolve()
             names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+            for name in names:
+                if not (self.path / name).resolve().is_relative_to(root):
+                    raise DataError(f"{self.path / name} is a link out of the folder: put the file itself there")
         else:
             try:
                 self._zip = zipfile.ZipFile(self.path)
             except (OSError, zipfile.BadZipFile) as e:
                 raise DataError(f"{self.path} is not a readable zip ({e}): remove it and fetch it again") from e
             names = [i.filename for i in self._zip.infolist() if not i.is_dir()]
+            for name in names:
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise DataError(f"{self.path} holds a file named {name!r}, outside of it: fetch it from its publisher")
         self.names = sorted(n for n in names if not _hidden(n))
 
     def read(self, name: str) -> bytes:
@@ -158,24 +170,58 @@ def pairs_sha256(splits: Mapping[str, Pairs]) -> str:
 
 
 def decode(data: bytes, where: object) -> Image.Image:
-    """Decodes an image completely, EXIF orientation left alone (masks carry none).
+    """Decodes a still image completely, to 8 bits a channel, so that `convert("RGB")` and `convert("L")` mean what they say.
+
+    EXIF orientation is left alone (masks carry none), transparency is dropped by the conversions. Of 16 bits the upper
+    eight are kept, unless the values fit into eight.
 
     Raises:
-      DataError: the bytes are no image, or break off.
+      DataError: the bytes are no image, or break off; it moves, is larger than MAX_PIXELS, which is looked at before
+        memory is taken, has a side below MIN_SIDE, or pixels that are not whole numbers of at most 16 bits.
     """
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()
-    except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError, ...
+        (w, h), moves = image.size, image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # MPO: a camera's JPEG
+        if w * h <= MAX_PIXELS and not moves:
+            image.load()
+    except Image.DecompressionBombError:  # twice Pillow's own limit, so that it does not say how large
+        raise DataError(f"{where} has more than {MAX_PIXELS:,} pixels: shrink it") from None
+    except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         reason = "not an image" if isinstance(e, Image.UnidentifiedImageError) else str(e)
         raise DataError(f"{where} cannot be decoded ({reason}): fetch it again") from e
+    if w * h > MAX_PIXELS:
+        raise DataError(f"{where} has more than {MAX_PIXELS:,} pixels: shrink it")
+    if moves:
+        raise DataError(f"{where} holds {image.n_frames} pictures: give a still image")
+    if min(w, h) < MIN_SIDE:
+        raise DataError(f"{where} is {w}x{h}: an image has sides of at least {MIN_SIDE} pixels")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise DataError(f"{where} has values of more than 16 bits: save it with 8 bits a channel")
+        return Image.fromarray((values if values.max() < 2**8 else values // 2**8).astype(np.uint8))
+    if image.mode not in EIGHT_BITS:
+        raise DataError(f"{where} stores its pixels as {image.mode}: save it with 8 bits a channel")
     return image
 
 
-def binary_mask(image: Image.Image) -> np.ndarray:
-    """uint8 (h, w) of 0/255, from a mask stored as 0/1, 0/255 or, thresholded at 128, anything between."""
+def binary_mask(image: Image.Image, where: object = "a mask") -> np.ndarray:
+    """uint8 (h, w) of 0/255, from a mask stored as 0/1, 0/255 or, thresholded at 128, grey between 0 and at least 128.
+
+    Raises:
+      DataError: its largest value is neither 0, 1 nor 128 and more, as of a class index or a colour palette.
+    """
     values = np.asarray(image.convert("L"))
+    if 1 < values.max() < 128:
+        raise DataError(f"{where} has values up to {values.max()}: a mask is 0 and 255, or 0 and 1, with 0 for skin")
     return np.where(values >= (1 if values.max() <= 1 else 128), 255, 0).astype(np.uint8)
+
+
+def looks_inverted(mask: np.ndarray) -> bool:
+    """Whether most of the rim of a mask (h, w) is lesion and most of the middle is not: black on white, perhaps."""
+    h, w = mask.shape
+    rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]) > 0
+    return bool(rim.mean() > 0.5 and (mask[h // 3 : h - h // 3, w // 3 : w - w // 3] > 0).mean() < 0.5)
 
 
 def squash(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -220,7 +266,7 @@ def encode_pair(files: tuple[File, File], size: int | None, shrink_mask: bool) -
     if mask_image.size != image.size:
         (mw, mh), (w, h) = mask_image.size, image.size
         raise DataError(f"{mask_file} is {mw}x{mh} but its image is {w}x{h}: fetch both again from one release")
-    mask = binary_mask(mask_image)
+    mask = binary_mask(mask_image, mask_file)
     if size is None:
         # A CMYK or 16 bit file would come back from TFDS in another shape than the feature promises.
         untouched = image.format == "JPEG" and image.mode in ("RGB", "L")

@@ -1,0 +1,110 @@
+"""Several processes, one run: how they find each other, speak with one voice and end together.
+
+    --coordinator=HOST:PORT --processes=N --process=I     by hand: N commands, HOST that of process 0
+    srun ..., or on every host of a TPU pod               nothing to say: JAX reads it from the launcher
+
+One process needs none of this and gets none of it.
+"""
+
+import os
+import sys
+import threading
+import time
+
+import jax
+
+from mira_u_jax.errors import PREEMPTED, UserError
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None, *, timeout: int):
+    """Join the run's other processes if the arguments or the launcher speak of any. Before anything touches a device.
+
+    timeout: seconds after which one that does not come, or falls silent, counts as lost. Raises UserError for arguments
+    that cannot be, ConnectionError when the others do not come.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise UserError(f"{missing[0]} is missing: several processes need --coordinator, --processes and --process")
+    if not missing and process >= processes:
+        raise UserError(f"--process={process}: it must be below --processes={processes}")
+    if not missing and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator={coordinator}: it must be HOST:PORT")
+    if missing and not launched():
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
+        )
+    except Exception as error:
+        raise ConnectionError(
+            f"the processes of this run did not all come within {timeout} s ({str(error).splitlines()[0]});"
+            " look at the other processes, then start all of them again"
+        ) from error
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def launched() -> bool:
+    """Whether a launcher that JAX knows started several of us: SLURM's srun, or the runtime of a TPU pod."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return tasks.isdigit() and int(tasks) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def say(text: str):
+    if first():
+        print(text, flush=True)
+
+
+def meet(where: str):
+    """Go on when every process has come here."""
+    if jax.distributed.is_initialized():
+        client().wait_at_barrier(where, timeout_in_ms=24 * 3600 * 1000)
+
+
+# --- the end ------------------------------------------------------------------------------------------------------------
+
+FAILED = "mira_u/failed"  # key under which a failure is told
+LEAVING = threading.Event()
+
+
+def client():
+    from jax._src import distributed  # JAX's own key-value store; orbax takes it from there too
+
+    return distributed.global_state.client
+
+
+def leave(status: int):
+    """End this process's part of the run. A failure is told to the others, which would wait for it otherwise."""
+    if not jax.distributed.is_initialized():
+        return
+    if status in (0, PREEMPTED):
+        meet("leave")
+        LEAVING.set()
+        jax.distributed.shutdown()
+        return
+    LEAVING.set()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        client().key_value_set(FAILED, f"{jax.process_index()} {status}")
+        time.sleep(2 if first() else 0)  # process 0 keeps the store: let the others read
+    finally:
+        os._exit(status)  # no farewell: it would wait for those that cannot come
+
+
+def watch():
+    """In a thread: end this process with a line when another one has failed."""
+    try:
+        process, status = client().blocking_key_value_get(FAILED, 365 * 24 * 3600 * 1000).split()
+        text = f"process {process} of this run has ended with status {status}, and says why"
+    except Exception:  # noqa: BLE001 - the store is gone, and process 0 with it
+        status, text = 1, "process 0 of this run is gone"
+    if not LEAVING.is_set():
+        LEAVING.set()
+        print(f"failed: {text}; the same commands go on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(int(status))
