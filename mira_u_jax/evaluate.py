@@ -13,15 +13,18 @@ import pathlib
 import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, worst
 from mira_u_jax.errors import UserError
-from mira_u_jax.inference import Predictor, at_size
 from mira_u_jax.logger import Logger
+from mira_u_jax.trained import Predictor, at_size
 from tfds_builders import common
 
 LABELLED = 256  # at most so many labelled images fit the temperature
+def to_logits(p: np.ndarray) -> np.ndarray:
+    """Logits of probabilities, within +-13.8: what is averaged has no sure pixel."""
+    return logit(np.clip(p, 1e-6, 1 - 1e-6))
 
 
 def evaluate(
@@ -60,8 +63,13 @@ def evaluate(
 
 
 def measure(found: dict[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool."""
-    logits, mean, sigma = (at_size(found[name], truth.shape) for name in ("logits", "mean", "sigma"))
+    """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool.
+
+    The mean p is brought to the mask's size as its logits are, as the mask itself.
+    """
+    logits, mean, sigma = (
+        at_size(values, truth.shape) for values in (found["logits"], to_logits(found["mean"]), found["sigma"])
+    )
     predicted = logits > 0
     wrong, band = predicted != truth, boundary.band(predicted)
     counts = metrics.confusion(predicted, truth)
@@ -116,7 +124,7 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
     dataset = data.training_set(FrozenConfigDict(predictor.settings.to_dict() | {"data_dir": data_dir}))
     chosen = dataset.labelled[:: -(-len(dataset.labelled) // LABELLED)]
     examples = (data.Example(str(i), *dataset.rows[i].values()) for i in chosen)
-    histograms = [calibration.histogram(found["mean"], example.mask / 255) for example, found in predictor(examples)]
+    histograms = [calibration.histogram(to_logits(f["mean"]), e.mask / 255) for e, f in predictor(examples)]
     found = calibration.out_of_fold(np.stack(histograms))
     if refit:
         write(path, kept | {predictor.name: found})

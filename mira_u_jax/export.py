@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
-from mira_u_jax import command, inference
+from mira_u_jax import command, trained
 from mira_u_jax.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -31,13 +31,13 @@ def export(workdir, output, *, passes: int = 0, network: str = "student") -> jax
     output = pathlib.Path(output)
     if output.suffix in (".safetensors", ".md", "") or output.is_dir():
         raise UserError(f"--output={output}: give a file such as lesion.stablehlo; .safetensors and .md come beside it")
-    predictor = inference.Predictor(workdir, network)
+    predictor = trained.Predictor(workdir, network)
     settings, params, passes = predictor.settings, predictor.params, passes or predictor.passes
     size = settings.size
 
     @jax.jit
     def program(image):
-        found = inference.alike(params, image, predictor.key, network=predictor.network, passes=passes)
+        found = trained.look(params, image, network=predictor.network, passes=passes)
         return {"probability": jax.nn.sigmoid(found["logits"]), "logit": found["logits"], "sigma": found["sigma"]}
 
     (n,) = jax.export.symbolic_shape("n")

@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from mira_u_jax import command, inference, inputs
+from mira_u_jax import command, inputs, trained
 from mira_u_jax.errors import UserError
-from mira_u_jax.inference import at_size, batched
+from mira_u_jax.trained import at_size, batched
 from tfds_builders import common
 from tfds_builders.common import DataError
 
@@ -36,7 +36,7 @@ NAMED = 5  # files that the last line names; failed.txt names all
 
 @dataclasses.dataclass
 class Item:
-    """One image on its way: pixels (h, w, 3) uint8, square (s, s, 3) uint8, maps as inference.maps, (s, s) each."""
+    """One image on its way: pixels (h, w, 3) uint8, square (s, s, 3) uint8, maps as trained.look's, (s, s) each."""
 
     id: str
     pixels: np.ndarray
@@ -55,14 +55,14 @@ def predict(
     `threads` threads beside the device, a few batches ahead at most, so that memory does not grow with the number of files.
     One compilation. Raises UserError; OSError where the output cannot be written.
     """
-    predictor = inference.Predictor(workdir, network)
+    predictor = trained.Predictor(workdir, network)
     output = pathlib.Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
     batch = min(batch or predictor.batch, len(files))
-    look_at = functools.partial(inference.alike, network=predictor.network, passes=passes or predictor.passes)
-    step = functools.partial(jax.jit(look_at), predictor.params, key=predictor.key)
+    look_at = functools.partial(trained.look, network=predictor.network, passes=passes or predictor.passes)
+    step = functools.partial(jax.jit(look_at), predictor.params)
     failed, progress = {}, Progress(len(files))
 
     def good(items):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mira_u_jax import export, inference, steps
+from mira_u_jax import export, steps, trained
 from mira_u_jax.errors import UserError
 
 LOADER = """
@@ -40,9 +40,9 @@ def test_the_file_gives_the_same_without_our_package(smoke_run, tmp_path, tiny_d
     (lines,) = re.findall(r"```python\n(# without mira_u_jax.*?)```", USAGE.read_text(), re.DOTALL)
     lines = lines.replace('"lesion.stablehlo"', "sys.argv[1]").replace('"images.npy"', "sys.argv[2]")
     assert len(lines.strip().splitlines()) <= 10
-    run = inference.Predictor(smoke_run)
+    run = trained.Predictor(smoke_run)
     settings, params = run.settings, run.params
-    wanted = jax.jit(lambda image: inference.alike(params, image, run.key, network=run.network, passes=3))
+    wanted = jax.jit(lambda image: trained.look(params, image, network=run.network, passes=3))
     for count in (1, 3):
         image = tiny_data["image"][:count]
         np.save(tmp_path / "images.npy", image)

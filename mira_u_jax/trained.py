@@ -1,0 +1,107 @@
+"""A finished run as a pure function of images: what evaluation, prediction and export share."""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from mira_u_jax import checkpoint, config, equations, pseudo, steps
+from mira_u_jax.errors import UserError
+from mira_u_jax.rng import named
+
+PASSES = 8  # dropout passes behind mean and sigma, unless a caller says otherwise
+PIXELS = 2**18  # of a batch at most, in 2 to 16 images: all passes of a batch are computed at once
+BEFORE = {"passes": PASSES, "flips": False}  # `evaluation` of runs whose configuration has none yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Mirrored:
+    """A Network whose logits are the mean over the four flips of an image, each flipped back."""
+
+    network: steps.Network
+
+    def __call__(self, params, image, key=None):
+        return self.outputs(params, image, key=key)[0]
+
+    def outputs(self, params, image, key=None):  # b h w 3 -> k b h w
+        axes = ((), (-2,), (-1,), (-2, -1))
+        views = jnp.concatenate([jnp.flip(image, tuple(a - 1 for a in axis)) for axis in axes])
+        z = rearrange(self.network.outputs(params, views, key=key), "k (f b) h w -> f k b h w", f=len(axes))
+        return jnp.stack([jnp.flip(part, axis) for part, axis in zip(z, axes, strict=True)]).mean(0)
+
+
+def load(workdir, network: str = "student", flips: bool | None = None):
+    """(settings, network, its averaged parameters) of a run of main.
+
+    flips: whether the network is Mirrored; None is as the run's configuration says. Raises UserError where there is no run.
+    """
+    if not pathlib.Path(workdir).is_dir():
+        raise UserError(f"--workdir={workdir}: no such folder; give one that main has trained in")
+    settings = config.load(workdir)
+    if network not in steps.network_names(settings):
+        raise UserError(f"--network={network}: this run has {', '.join(steps.network_names(settings))}")
+    params = checkpoint.load_ema(workdir, steps.abstract_params(settings))[network]
+    module = steps.make_networks((network,), "train", settings)[network]
+    mirrored = options(settings)["flips"] if flips is None else flips
+    return settings, Mirrored(module) if mirrored else module, params
+
+
+def options(settings):
+    """The `evaluation` keys of a configuration: passes, flips."""
+    return settings.get("evaluation", BEFORE)
+
+
+def look(params, image, *, network, passes: int = PASSES, seed: int = 0) -> dict[str, jax.Array]:
+    """{"logits", "mean", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
+
+    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes, sigma = 0 for one pass. All
+    images meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
+    """
+    key = named(jax.random.key(seed), "predict")
+
+    def one(image):  # s s 3 -> m s s
+        return pseudo.teacher_passes(network, params, image[None], key, passes)[:, 0]
+
+    mean, sigma = equations.mean_and_deviation(jax.vmap(one, out_axes=1)(steps.to_float(image)))
+    return {"logits": steps.eval_step(params, image, network=network), "mean": mean, "sigma": sigma}
+
+
+class Predictor:
+    """The averaged network of a run, compiled once: predictor(examples) yields (example, maps).
+
+    network: student, or vit to look at the teacher; flips: None is as the run's configuration says. Raises UserError.
+    """
+
+    def __init__(self, workdir, network: str = "student", flips: bool | None = None):
+        self.settings, self.network, self.params = load(workdir, network, flips)
+        self.passes, self.flips = options(self.settings)["passes"], isinstance(self.network, Mirrored)
+        self.name = network + ("+flips" if self.flips else "")
+        self.batch = min(max(PIXELS // self.settings.size**2, 2), 16)
+        self.step = jax.jit(functools.partial(look, network=self.network, passes=self.passes))
+
+    def __call__(self, examples):
+        """examples: iterable of what has .image (s, s, 3) uint8; maps (s, s) as look's. The last batch is padded."""
+        for group in batched(examples, self.batch):
+            image = np.stack([e.image for e in group])
+            padded = np.concatenate([image, np.zeros((self.batch - len(group), *image.shape[1:]), np.uint8)])
+            found = jax.device_get(self.step(self.params, padded))
+            for i, example in enumerate(group):
+                yield example, {name: values[i] for name, values in found.items()}
+
+
+def batched(items, count):
+    """Tuples of `count` items, the last may be shorter: itertools.batched of Python 3.12."""
+    items = iter(items)
+    while group := tuple(itertools.islice(items, count)):
+        yield group
+
+
+def at_size(values: np.ndarray, shape) -> np.ndarray:
+    """A map (s, s), as logits, bilinearly resampled to `shape` (h, w), half-pixel centres."""
+    return cv2.resize(values, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
