@@ -103,9 +103,9 @@ def gaps(groups) -> Table:
         few, every = (
             runs.plain([o for o in here if o.config["frac"] == frac], "supervised") for frac in (g.config["frac"], 1)
         )
-        if g.config["method"] == "supervised" or None in (few, every) or few is every:
+        if g.config["method"] == "supervised" or few is every:
             continue
-        if found := runs.gap(g, few, every):
+        if few and every and (found := runs.gap(g, few, every)):
             rows.append([
                 heading(g), percent(g), g.title, str(found.count), figure(found.ours), figure(found.all),
                 figure(found.share, 2),

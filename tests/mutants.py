@@ -191,7 +191,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "tests/evaluate_test.py -k masks_resolution"),
     ("flips are not flipped back", "trained.py", "jnp.flip(part, axis)", "part", "tests/evaluate_test.py -k four_views"),
     ("a normal interval for few pairs", "runs.py", "student_t.ppf(0.975, n - 1)", "1.96", "tests/runs_test.py -k students"),
-    ("better before there are five pairs", "runs.py", "if found.count < ENOUGH:", "if found.count < 2:",
+    ("better before there are five pairs", "runs.py", "found.count < ENOUGH:", "found.count < 2:",
      "tests/runs_test.py -k words"),
     ("two take one cell", "grid.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
      "tests/grid_test.py -k left_alone"),
