@@ -30,8 +30,10 @@ kills: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.bench $(if $(JSON),--json=$(JSON)) $(if $(GRID),--grid=$(GRID)) $(ARGS)
 
+# Style, and the type hints.
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

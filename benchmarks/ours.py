@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.remote import median_seconds, peak_memory
 from benchmarks.setting import COMPARED, config_of, drawn_images
-from mira_u_jax import augment, command, data, pseudo, steps
+from mira_u_jax import augment, command, data, pseudo, sharding, steps
 from mira_u_jax.rng import named
 
 KEY, STEPS, EPOCH, BEGIN = 0, 1_000, 25, 200  # a run of STEPS steps, timed from step BEGIN on, where beta is above 0
@@ -21,24 +21,28 @@ class Ours:
     def __init__(self, setting: dict):
         command.set_up()  # the compilation cache, as every command has it
         self.setting, self.config = setting, config_of(setting)
+        sharding.use_cores(self.config)  # and devices
+        self.mesh = sharding.make_mesh()
+        everywhere = sharding.replicated(self.mesh)
         self.names = steps.network_names(self.config)
         self.networks = steps.make_networks(self.names, "train", self.config)
         schedule = steps.make_schedule(self.config.optim, STEPS, lr=self.config.optim.lr, schedule="cosine")
         self.tx = steps.make_optimizer(self.config.optim, self.names, schedule)
         host = drawn_images(self.config.size)
-        self.resident, self.key = jax.device_put(host), jax.random.key(KEY)
+        self.resident, self.key = jax.device_put((host, jax.random.key(KEY)), everywhere)
         pool = np.arange(len(host["image"]), dtype=np.int32)
         self.orders = {name: data.order(0, name, pool) for name in ("labelled", "unlabelled")}
         params = steps.init_params(self.names, "train", self.config, self.key)
         state = steps.init_state(params, self.tx, self.config.optim)
-        self.state = jax.block_until_ready(state.replace(step=state.step + BEGIN))
+        self.state = jax.block_until_ready(jax.device_put(state.replace(step=state.step + BEGIN), everywhere))
         self.done = 0
 
     def index(self):
         """The next batch, drawn on the host and put on the device, as the loop does it."""
         batch = self.config.train.batch
         self.done += 1
-        return jax.device_put({name: data.batch_at(order, self.done, batch) for name, order in self.orders.items()})
+        index = {name: data.batch_at(order, self.done, batch) for name, order in self.orders.items()}
+        return sharding.spread(index, self.mesh, batch)
 
     # --- the whole step -----------------------------------------------------------------------------------------------
 
@@ -46,7 +50,8 @@ class Ours:
         """Compile the step and run it once: seconds and what XLA says of it, bytes and operations a step."""
         parts = dict(networks=self.networks, tx=self.tx, config=self.config, steps=STEPS, epoch=EPOCH)
         start = time.perf_counter()
-        lowered = jax.jit(functools.partial(steps.train_step, **parts), donate_argnums=0).lower(
+        whole = sharding.replicated(self.mesh)
+        lowered = jax.jit(functools.partial(steps.train_step, **parts), donate_argnums=0, out_shardings=whole).lower(
             self.state, self.resident, self.index(), self.key
         )
         traced = time.perf_counter()
@@ -56,9 +61,14 @@ class Ours:
         cost, memory = cost_of(self.compiled), self.compiled.memory_analysis()
         return {
             "trace_s": traced - start, "compile_s": compiled - traced, "first_step_s": first,
-            "flops": cost.get("flops"), "flops_before_optimisation": cost_of(lowered).get("flops"),
-            "bytes": cost.get("bytes accessed"), "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+            "flops": self.all_devices(cost, "flops"), "flops_before_optimisation": cost_of(lowered).get("flops"),
+            "bytes": self.all_devices(cost, "bytes accessed"),
+            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
         }
+
+    def all_devices(self, cost: dict, name: str) -> float | None:
+        """XLA counts what one device does."""
+        return cost[name] * self.mesh.size if name in cost else None
 
     def run(self, count: int) -> float:
         """Seconds for `count` steps, input included."""
@@ -126,7 +136,7 @@ class Ours:
         maps = noise[b:, ..., 1]
         label = pseudo.PseudoLabel(maps, maps, jnp.ones_like(maps), jnp.ones_like(maps), maps)
         view = steps.View(noise[b:], jnp.ones_like(maps), maps, dict.fromkeys(pseudo.LEARNERS, label))
-        return noise, y, view
+        return jax.device_put((noise, y, view), sharding.batched(self.mesh))
 
     def augmentation(self):
         made = jax.jit(functools.partial(views, config=self.config))

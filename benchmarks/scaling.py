@@ -1,8 +1,9 @@
 """What the devices say to each other in a step, read from the compiled program, and what that costs on real links.
 
-    python -m benchmarks.scaling [--preset=full] [--devices=1,8,64] [--batch=16] [--fsdp] [--x=key=value ...]
+    python -m benchmarks.scaling [--preset=full] [--devices=1,8,64] [--batch=16] [--fsdp]
 
-Compiles stage 2 for meshes of fake CPU devices and runs nothing. Then a model: docs/clusters.md says what it assumes.
+Compiles stage 2 for meshes of fake CPU devices and runs nothing; `--devices=` compiles nothing. Then a model of what it
+means for real ones: docs/clusters.md says what it assumes.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def efficiency(flops: float, size: float, devices: int, bandwidth: float, latenc
     return work / (work + ring(size, devices, bandwidth, latency))
 
 
-def compiled_step(config, devices: int):
-    """The compiled stage-2 step of a checked configuration on a mesh, and the bytes of theta."""
+def lowered_step(config, devices: int):
+    """The stage-2 step of a checked configuration on a mesh, lowered, and the bytes of theta."""
     import functools
 
     import jax.numpy as jnp
@@ -85,8 +86,10 @@ def compiled_step(config, devices: int):
     step = functools.partial(
         steps.train_step, networks=steps.make_networks(names, "train", config), tx=tx, config=config, steps=100, epoch=50
     )
+    if config.mesh.fsdp:
+        step = sharding.gathering(step, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole))
-    return step.lower(jax.tree.map(shaped, state, layout), images, index, key).compile(), theta
+    return step.lower(jax.tree.map(shaped, state, layout), images, index, key), theta
 
 
 def main():
@@ -96,25 +99,29 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="labelled images a device, and as many unlabelled")
     parser.add_argument("--fsdp", action="store_true")
     args = parser.parse_args()
-    meshes = [int(n) for n in args.devices.split(",")]
-    jax.config.update("jax_num_cpu_devices", max(meshes))
+    meshes = [int(n) for n in args.devices.split(",") if n]
+    jax.config.update("jax_num_cpu_devices", max(meshes, default=1))
     jax.config.update("jax_disable_most_optimizations", True)
 
     from configs import common
     from mira_u_jax import config as configuration
 
-    print(f"preset {args.preset}, {args.batch} + {args.batch} images a device, fsdp {args.fsdp}")
-    for devices in meshes:
+    def lower(devices):
         config = common.get_config(f"preset={args.preset},batch={args.batch * devices}")
         configuration.update(config, {"mesh.fsdp": args.fsdp})
-        step, theta = compiled_step(configuration.check(config), devices)
-        sizes, flops = by_kind(collectives(step.as_text())), step.cost_analysis()["flops"]
+        return lowered_step(configuration.check(config), devices)
+
+    step, theta = lower(1)
+    flops = step.cost_analysis()["flops"]
+    images = f"{args.batch} + {args.batch} images a device"
+    print(f"preset {args.preset}, {images}: {flops / 1e9:.1f} Gflop, theta {theta / 1e6:.2f} MB", flush=True)
+    for devices in meshes:
+        sizes = by_kind(collectives(lower(devices)[0].compile().as_text()))
         said = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes.items()) or "none"
-        print(f"{devices:>3} devices: {said}; theta {theta / 1e6:.2f} MB; {flops / 1e9:.1f} Gflop a device", flush=True)
-    size = sum(sizes.values()) or theta
+        print(f"{devices:>3} devices: {said}", flush=True)
     print(f"\npredicted efficiency, same batch a device, {SUSTAINED / 1e12:.0f} Tflop/s sustained, nothing overlapped")
-    for name, (bandwidth, latency) in LINKS.items():
-        shares = "  ".join(f"{n}: {efficiency(flops, size, n, bandwidth, latency):.3f}" for n in (2, 8, 16, 64, 256))
+    for name, link in LINKS.items():
+        shares = "  ".join(f"{n}: {efficiency(flops, theta, n, *link):.3f}" for n in (2, 8, 16, 64, 256))
         print(f"  {name:<50} {shares}")
 
 

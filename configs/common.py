@@ -12,19 +12,28 @@ KEYS = {
     "frac": 0.25, "label_seed": 0, "seed": 0, "size": 256, "preset": "", "method": "", "ablate": "", "teacher": "",
     "pseudo_label": "", "batch": 8, "split": "", "data_dir": "",
 }
-SHORT = {"teacher": "teacher.source", "pseudo_label": "pseudo.label", "batch": "train.batch"}  # keys that are leaves
+SHORT = {  # keys that are leaves
+    "teacher": "teacher.source", "pseudo_label": "pseudo.label", "batch": "train.batch", "images": "files.images",
+    "masks": "files.masks", "holdout": "files.holdout", "extra": "files.extra", "skip": "files.skip",
+}
 
 
 def tree() -> ml_collections.ConfigDict:
     """Every key with its default, the preset `full`."""
     c = ml_collections.ConfigDict()
     c.name = "isic"  # of the default workdir
-    c.dataset = "isic2016"  # what is trained on: isic2016 | ph2 | synthetic_lesions
+    c.dataset = "isic2016"  # what is trained on: isic2016 | ph2 | synthetic_lesions | folder
     c.test = "isic2016"  # what split=test is measured on
     c.data_dir = ""  # "" is TFDS's default, ~/tensorflow_datasets or $TFDS_DATA_DIR
     c.data = dict(  # how it reaches the device
         stream="auto",  # true: read batch by batch; false: resident; auto: resident up to limit_gb
         limit_gb=4.0, threads=4,
+    )
+    c.files = dict(  # of your own; docs/usage.md
+        images="", masks="",  # dataset=folder: folders, outlines of some images
+        holdout=0.2,  # share of the outlined images that is measured on, by a hash of the name
+        extra="",  # isic2016: a folder of more images without outlines
+        skip=0,  # 1 goes on without files that are wrong
     )
     c.split = "test"  # dev: choices are made on a fifth of the training images, see docs/data.md
     c.fold = -1  # ph2 only: train on the other four folds and test on this one; -1 is no folds
@@ -48,7 +57,10 @@ def tree() -> ml_collections.ConfigDict:
         log_every=50, save_every="5%", figures_every="20%",
         keep=2,  # checkpoints: an older one for the day when the newest is damaged
     )
-    c.mesh = dict(fsdp=False)  # true: parameters, averages and moments are spread over the devices
+    c.mesh = dict(
+        cpu_devices="auto",  # of one process on a CPU: a core each, as far as they divide the batches; or a number
+        fsdp=False,  # true: parameters, averages and moments are spread over the devices
+    )
     c.optim = dict(
         lr=1e-3, weight_decay=0.05, clip=1.0, warmup=0.05, schedule="cosine",
         # schedule=plateau: a share of the LABELLED images validates; patience counts validations
@@ -80,7 +92,7 @@ NARROW = {
     "mim.decoder.channels": 64, "mim.decoder.depth": 1, "mim.decoder.heads": 2,
 }
 
-PRESETS = {
+PRESETS: dict[str, dict] = {
     # each stage a few steps: seconds, to see that everything runs
     "smoke": NARROW | {
         "size": 32, "student.widths": (8, 8, 16, 16, 16), "student.head_width": 8, "vit.channels": 32, "vit.depth": 1,
@@ -122,7 +134,7 @@ FIXMATCH = STUDENT_ONLY | ONE_PASS | {
     "loss.ramp": 0.0,
 }
 
-METHODS = {
+METHODS: dict[str, dict] = {
     "mira_u": {},
     # Eq. (7) alone. No unlabelled image is read, so no masked image modelling either.
     "supervised": {"loss.beta": 0.0, "mim.steps": 0},
@@ -147,7 +159,7 @@ METHODS = {
     },
 }
 
-ABLATIONS = {
+ABLATIONS: dict[str, dict] = {
     # Table 5
     "no_uncertainty": {"pseudo.weight": "none", "pseudo.filter": "none"},
     "no_mim": {"mim.steps": 0},

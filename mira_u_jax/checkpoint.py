@@ -6,6 +6,7 @@ checkpoint is taken, and the run says so.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,7 +75,7 @@ def load_ema(workdir, like_ema) -> dict:
     return tree["ema"]
 
 
-def newest_intact(manager: Manager, load) -> tuple[int | None, object]:
+def newest_intact(manager: Manager, load) -> tuple[int | None, Any]:
     """(step, load(step)) of the newest checkpoint whose arrays are those that were saved; (None, None) if there is none.
 
     Says which ones it passes over. Raises OSError when there are some and none is intact: a run never starts again in

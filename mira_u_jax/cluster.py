@@ -6,6 +6,8 @@
 One process needs none of this and gets none of it.
 """
 
+import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -42,6 +44,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
             " look at the other processes, then start all of them again"
         ) from error
     threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=beat, args=(timeout,), daemon=True).start()
 
 
 def launched() -> bool:
@@ -68,7 +71,7 @@ def meet(where: str):
 
 # --- the end ------------------------------------------------------------------------------------------------------------
 
-FAILED = "mira_u/failed"  # key under which a failure is told
+FAILED, ALIVE = "mira_u/failed", "mira_u/alive"  # keys under which a failure is told, and that a process lives
 LEAVING = threading.Event()
 
 
@@ -91,20 +94,50 @@ def leave(status: int):
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        client().key_value_set(FAILED, f"{jax.process_index()} {status}")
+        fail(f"{status} process {jax.process_index()} of this run has ended with status {status}, and says why")
         time.sleep(2 if first() else 0)  # process 0 keeps the store: let the others read
     finally:
         os._exit(status)  # no farewell: it would wait for those that cannot come
 
 
+def fail(text: str):
+    """Tell all processes "STATUS text", unless they have been told something already."""
+    with contextlib.suppress(Exception):
+        client().key_value_set(FAILED, text)
+
+
 def watch():
     """In a thread: end this process with a line when another one has failed."""
     try:
-        process, status = client().blocking_key_value_get(FAILED, 365 * 24 * 3600 * 1000).split()
-        text = f"process {process} of this run has ended with status {status}, and says why"
+        status, _, text = client().blocking_key_value_get(FAILED, 365 * 24 * 3600 * 1000).partition(" ")
     except Exception:  # noqa: BLE001 - the store is gone, and process 0 with it
         status, text = 1, "process 0 of this run is gone"
     if not LEAVING.is_set():
         LEAVING.set()
         print(f"failed: {text}; the same commands go on from the last checkpoint", file=sys.stderr, flush=True)
+        time.sleep(2 if first() else 0)
         os._exit(int(status))
+
+
+def beat(timeout: int):
+    """In a thread: say that this process lives; process 0 listens, and fails the run when one falls silent.
+
+    A little sooner than JAX, which would end every process by abort(). Silence is counted in beats, not in seconds, so that
+    a machine that slept is not taken for dead.
+    """
+    silent, heard = dict.fromkeys(range(jax.process_count()), 0), {}
+    for count in itertools.count():
+        time.sleep(timeout / 10)
+        if LEAVING.is_set():
+            return
+        with contextlib.suppress(Exception):  # `watch` hears it too when the store is gone
+            client().key_value_set(f"{ALIVE}/{jax.process_index()}", str(count), allow_overwrite=True)
+            if first():
+                now = dict(client().key_value_dir_get(ALIVE))
+                for process in silent:
+                    key = f"{ALIVE}/{process}"
+                    silent[process] = 0 if now.get(key) != heard.get(key) else silent[process] + 1
+                heard = now
+                lost = [process for process, beats in silent.items() if beats >= 7]
+                if lost:
+                    fail(f"1 process {lost[0]} of this run is gone")

@@ -44,7 +44,8 @@ def run(body, *, required: tuple[str, ...] = (), rest: str = ""):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
         sys.exit(0)
     if not debug:  # orbax's threads raise in the main one too, where it becomes a line
-        threading.excepthook = sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
     status = exit_status(checked, debug=debug)
     cluster.leave(status)
     sys.exit(status)
@@ -52,7 +53,7 @@ def run(body, *, required: tuple[str, ...] = (), rest: str = ""):
 
 def plain(error: Exception) -> UserError:
     """What flag parsing raised, as one line: our own message where a configuration file raised it, else the last cause."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     ours = [e for e in chain if isinstance(e, UserError)]

@@ -3,17 +3,19 @@
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import ml_collections
 
 from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
+FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
 # Keys, and branches of keys, that change no result: where data and parameters lie, what is kept.
 TRANSPORT = ("data_dir", "data", "mesh", "train.keep")
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
-NAMES = ("isic2016", "ph2", "synthetic_lesions")
+NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
 RULES = {
     "dataset": (f"one of {', '.join(NAMES)}", lambda v: v in NAMES),
     "test": (f"one of {', '.join(NAMES)}", lambda v: v in NAMES),
@@ -25,6 +27,12 @@ RULES = {
     "data.stream": ("auto, true or false", lambda v: str(v).lower() in ("auto", "true", "false")),
     "data.limit_gb": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "data.threads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "mesh.cpu_devices": ("auto or an integer >= 1", lambda v: v == "auto" or is_int(v) and v >= 1),
+    "files.images": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.masks": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.extra": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.holdout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "files.skip": ("0 or 1", lambda v: v in (0, 1)),
     "mesh.fsdp": ("True or False", lambda v: isinstance(v, bool)),
     "train.keep": ("an integer >= 2, as the newest checkpoint may be damaged", lambda v: is_int(v) and v >= 2),
     "fold": ("-1 (all) or 0..4", lambda v: is_int(v) and -1 <= v <= 4),
@@ -95,11 +103,15 @@ def is_sum(v, names) -> bool:
 def check_value(key: str, value):
     """Raise UserError unless `value` is right for `key`, a name in RULES."""
     wanted, test = RULES[key]
-    if not test(value):
+    try:
+        right = test(value)
+    except TypeError:  # a test that looks into what is no list
+        right = False
+    if not right:
         raise UserError(f"config key {key}={value!r}: it must be {wanted}")
 
 
-def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, object]:
+def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, Any]:
     """`key=value,key=value` after the colon of --config=FILE:... as a dict of the keys given.
 
     `spec` maps each allowed key to an example of its type (int, float, str). Unknown keys and values of another type raise
@@ -111,7 +123,7 @@ def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, object]:
         key = key.strip()
         if key not in spec:
             raise UserError(f"config key {key!r} is unknown: the keys are {', '.join(spec)}")
-        kind = type(spec[key])
+        kind: type = type(spec[key])
         try:
             if not equals:
                 raise ValueError
@@ -142,6 +154,12 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
     if (config.mim.steps or config.mim.joint_weight) and config.mim.target == "vit" and config.teacher.source == "ema":
         raise UserError("config key mim.target=vit: with teacher.source=ema there is no ViT; say student, or mim.steps=0")
+    if config.dataset == "folder" and not (config.files.images and config.files.masks):
+        raise UserError("config keys images and masks: write --config=configs/folder.py:images=DIR,masks=DIR")
+    if config.dataset == "folder" and config.split == "dev":
+        raise UserError("config key split=dev: a folder has no development part; holdout says what is measured on")
+    if config.files.extra and config.dataset != "isic2016":
+        raise UserError("config key extra: it adds images to isic2016; a folder's images need only lie in it")
     for key in ("train.steps", "mim.steps", "ema.every"):
         steps_of(get(config, key), epoch=1, key=key)
     if not steps_of(config.ema.every, epoch=10**6):
@@ -156,6 +174,11 @@ def get(config, dotted: str):
     for name in dotted.split("."):
         config = config[name]
     return config
+
+
+def outlined(config) -> bool:
+    """Whether every image of the pool has an outline, hidden or not, with which a report may compare."""
+    return config.dataset != "folder" and not config.files.extra
 
 
 def update(config, changes: dict):
@@ -192,8 +215,20 @@ def steps_of(value, *, epoch: int, total: int | None = None, key: str = "steps")
 
 def fingerprint(config) -> str:
     """Eight hex digits of what decides a run's result; where the data lie and how they are read does not."""
-    decides = {k: v for k, v in flat(config).items() if not is_transport(k)}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def decides(config) -> dict:
+    """The leaves that decide a run's result. `files` only where it names a folder: older runs go on without it."""
+    leaves = {k: v for k, v in flat(config).items() if not is_transport(k)}
+    own = any(leaves.get(f"files.{name}") for name in FOLDERS)
+    return {k: v for k, v in leaves.items() if own or not k.startswith("files.")}
+
+
+def without_paths(files: dict) -> dict:
+    """The branch `files` of a configuration, as dict, without saying where a folder lies; {} where it names none."""
+    given = {name: bool(files.get(name)) for name in FOLDERS}
+    return files | given if any(given.values()) else {}
 
 
 def is_transport(dotted: str) -> bool:
@@ -215,8 +250,8 @@ def save(config, workdir, facts: dict):
     """Write DIR/config.json; refuse a workdir that holds a run of another configuration."""
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        old, new = flat(load(workdir)), flat(config)
-        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not is_transport(k))
+        old, new = decides(load(workdir)), decides(config)
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if differ:
             k = differ[0]
             raise UserError(

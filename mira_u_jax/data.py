@@ -5,6 +5,7 @@ order is a pure function of (seed, stream, position), so a checkpoint holds no i
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 import zlib
@@ -14,8 +15,11 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mira_u_jax import files
 from mira_u_jax.errors import UserError
 from tfds_builders import build, common
+from tfds_builders.common import DataError
+from tfds_builders.isic2016 import isic2016_dataset_builder
 
 DATASETS = {"isic2016": "isic2016", "ph2": "ph2", "synthetic": "synthetic_lesions", "synthetic_lesions": "synthetic_lesions"}
 
@@ -27,7 +31,7 @@ class Rows:
     rows[i] is {"image": (s, s, 3), "mask": (s, s)} uint8; a mask holds the lesion's share of each pixel, 0..255.
     """
 
-    source: Sequence  # of a TFDS split
+    source: Sequence  # rows of a TFDS split, of files, or of both
     picked: np.ndarray  # which of its rows
     size: int
 
@@ -55,7 +59,7 @@ class TrainingSet:
     rows: Rows
     labelled: np.ndarray  # whose outlines are used
     unlabelled: np.ndarray  # the pool: every training image, labelled ones included
-    summary: str  # one line on what was found
+    summary: str  # what was found; the first line says how many are labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,8 @@ def training_set(config) -> TrainingSet:
 
     frac counts against the official number of images; images missing from a copy are missing from both parts.
     """
+    if config.dataset == "folder":
+        return folder_set(config)
     builder = prepared(config.dataset, config.size, config.data_dir)
     if config.dataset == "ph2" and config.fold < 0:
         raise UserError("config key fold: PH2 has no training part, choose fold=0..4 to train on the other four folds")
@@ -88,8 +94,67 @@ def training_set(config) -> TrainingSet:
     summary = f"{len(labelled)} labelled of {len(picked)} present (official {budget} of {official}){held_out}"
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
-    rows = Rows(builder.as_data_source(split=part), picked, config.size)
+    source = builder.as_data_source(split=part)
+    if config.get("files", {}).get("extra"):  # runs from before the key have none
+        more = extra_images(config, builder)
+        summary += "".join(f"\n  {note}" for note in more.notes)
+        picked = np.concatenate([picked, len(source) + np.arange(len(more.images), dtype=np.int32)])
+        source = files.Joined(source, files.FileRows(more))
+    rows = Rows(source, picked, config.size)
     return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary)
+
+
+def folder_set(config) -> TrainingSet:
+    """The training images of config.files: labelled are those with an outline, up to frac, but for the ones held out.
+
+    Labels are ranked as those of the data sets, by SHA-256("folder/v1/<label seed>/<id>"). Raises UserError.
+    """
+    cfg = config.files
+    found = sound(files.check(cfg.images, cfg.masks, threads=config.data.threads), config)
+    held = {id for id in found.masks if files.held_out(id, cfg.holdout)}
+    ids = [id for id in found.images if id not in held]
+    rank = common.label_rank(found.masks.keys() - held, "folder")
+    budget = int(len(rank) * config.frac + 0.5)
+    labelled = [i for i, id in enumerate(ids) if id in rank and rank[id][config.label_seed] < budget]
+    summary = f"{len(labelled)} labelled of {len(ids)} images, {len(held)} more held out by a hash of the name"
+    if not labelled:
+        raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or a smaller holdout")
+    picked = np.array([i for i, id in enumerate(found.images) if id not in held], np.int32)
+    rows = Rows(files.FileRows(found), picked, config.size)
+    summary = "\n  ".join([summary, *found.notes])
+    return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary)
+
+
+def extra_images(config, builder) -> files.Found:
+    """The images of config.files.extra but those that are measured on: equal in id or, decoded and squashed, in pixels."""
+    size = builder.builder_config.size
+    undecoded = dict.fromkeys(("image", "mask"), tfds.decode.SkipDecoding())
+    ids, prints = set(isic2016_dataset_builder.official_ids("test")), set()
+
+    def fingerprint(pixels):
+        return hashlib.sha256(common.squash(pixels, size) if size else pixels).digest()
+
+    for part in ("train", "test")[config.split == "test" :]:
+        for row in builder.as_data_source(split=part, decoders=undecoded):
+            if part == "test" or row["dev"]:
+                ids.add(row["id"].decode())
+                prints.add(fingerprint(np.asarray(common.decode(row["image"], row["id"]).convert("RGB"))))
+
+    def duplicate(id, pixels):
+        if id in ids:
+            return "of a name that is measured on"
+        return "equal to an image that is measured on" if fingerprint(pixels) in prints else None
+
+    return sound(files.check(config.files.extra, key="extra", threads=config.data.threads, look=duplicate), config)
+
+
+def sound(found: files.Found, config) -> files.Found:
+    """`found`, unless something in it is wrong and config.files.skip does not say to go on without it."""
+    if found.wrong and not config.files.skip:
+        print("\n".join(found.notes), flush=True)
+        first = next(iter(found.wrong.values()))
+        raise UserError(f"{len(found.wrong)} files are wrong, as {first}; mend or move them, or go on without: skip=1")
+    return found
 
 
 def in_pool(row, config) -> bool:
@@ -105,6 +170,9 @@ def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Iterator[
     name: a data set or a folder with images/ and masks/. split="dev": the development part of the training images;
     "test": the test part (PH2: all 200, or the run's own fold when it was trained in-domain). Raises UserError, DataError.
     """
+    if name == config.dataset == "folder":
+        yield from held_out_examples(config)
+        return
     if name not in DATASETS:
         yield from folder(pathlib.Path(name), config.size)
         return
@@ -134,16 +202,39 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
 
     pairs = common.pair(stems("images"), stems("masks"), "every image needs one mask of the same name")
     inverted = 0
-    for stem, (image_file, mask_file) in pairs.items():
-        image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
-        if image.size != mask.size:
-            raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
-        pixels, truth = np.asarray(image.convert("RGB")), common.binary_mask(mask, mask_file) > 0
-        example = Example(stem, common.squash(pixels, size), truth)
-        inverted += common.looks_inverted(example.mask)
-        yield example
+    for stem, pair in pairs.items():
+        found = example(stem, *pair, size)
+        inverted += common.looks_inverted(found.mask)
+        yield found
     if inverted > len(pairs) / 2:
         print(f"warning: in most of {path / 'masks'} the rim is lesion; lesion must be white, skin black", flush=True)
+
+
+def held_out_examples(config) -> Iterator[Example]:
+    """Examples of the outlined images of a folder that the run did not train on."""
+    found = files.pairs(config.files.images, config.files.masks)
+    held = {id: pair for id, pair in found.items() if files.held_out(id, config.files.holdout)}
+    for id, pair in held.items():
+        try:
+            yield example(id, *pair, config.size)
+        except (DataError, UserError):
+            if not config.files.skip:
+                raise
+
+
+def measurable(config) -> bool:
+    """Whether a folder holds an outlined image to measure on."""
+    found = files.pairs(config.files.images, config.files.masks)
+    return any(files.held_out(id, config.files.holdout) for id in found)
+
+
+def example(id: str, image_file, mask_file, size: int) -> Example:
+    """The Example of two files; DataError, UserError."""
+    image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
+    if image.size != mask.size:
+        raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
+    truth = common.binary_mask(mask, mask_file) > 0
+    return Example(id, common.squash(np.asarray(image.convert("RGB")), size), truth)
 
 
 def hold_out(labelled: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

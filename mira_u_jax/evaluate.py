@@ -7,65 +7,21 @@ the four flips of an image, whatever the run's configuration says.
 """
 
 import csv
-import functools
-import itertools
 import json
 import pathlib
 
-import cv2
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
-from scipy.special import expit, logit
+from scipy.special import expit
 
-from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, trained
+from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, worst
 from mira_u_jax.errors import UserError
+from mira_u_jax.inference import Predictor, at_size
 from mira_u_jax.logger import Logger
 from tfds_builders import common
 
 LABELLED = 256  # at most so many labelled images fit the temperature
-PIXELS = 2**18  # of a batch at most, in 2 to 16 images: all passes of a batch are computed at once
-
-
-class Predictor:
-    """The averaged network of a run, compiled once: predictor(examples) yields (example, maps).
-
-    network: student, or vit to look at the teacher; flips: None is as the run's configuration says. Raises UserError.
-    """
-
-    def __init__(self, workdir, network: str = "student", flips: bool | None = None):
-        self.settings, module, self.params = trained.load(workdir, network, flips)
-        self.passes, self.flips = trained.options(self.settings)["passes"], isinstance(module, trained.Mirrored)
-        self.name = network + ("+flips" if self.flips else "")
-        self.batch = min(max(PIXELS // self.settings.size**2, 2), 16)
-        self.step = jax.jit(functools.partial(trained.look, network=module, passes=self.passes))
-
-    def __call__(self, examples):
-        """examples: iterable of what has .image (s, s, 3) uint8; maps (s, s) as trained.look's. The last batch is padded."""
-        for group in batched(examples, self.batch):
-            image = np.stack([e.image for e in group])
-            padded = np.concatenate([image, np.zeros((self.batch - len(group), *image.shape[1:]), np.uint8)])
-            found = jax.device_get(self.step(self.params, padded))
-            for i, example in enumerate(group):
-                yield example, {name: values[i] for name, values in found.items()}
-
-
-def batched(items, count):
-    """Tuples of `count` items, the last may be shorter: itertools.batched of Python 3.12."""
-    items = iter(items)
-    while group := tuple(itertools.islice(items, count)):
-        yield group
-
-
-def at_size(values: np.ndarray, shape) -> np.ndarray:
-    """A map (s, s), as logits, bilinearly resampled to `shape` (h, w), half-pixel centres."""
-    return cv2.resize(values, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
-
-
-def to_logits(p: np.ndarray) -> np.ndarray:
-    """Logits of probabilities, within +-13.8: what is averaged has no sure pixel."""
-    return logit(np.clip(p, 1e-6, 1 - 1e-6))
 
 
 def evaluate(
@@ -94,8 +50,9 @@ def evaluate(
     if images_csv:
         write_rows(images_csv, rows)
     label = data.DATASETS.get(name, name)
-    picture = f"{pathlib.Path(label).name}_{split}_{predictor.name}.png"
-    cases(pathlib.Path(workdir) / "figures" / picture, seen, [row["dice"] for row in rows])
+    kept = f"{pathlib.Path(label).name}_{split}_{predictor.name}"
+    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", seen, [row["dice"] for row in rows])
+    keep_worst(pathlib.Path(workdir) / "cases" / kept, seen, rows)
     fitted = temperature(workdir, predictor, data_dir, at_hand=own, refit=refit)
     found = summary(rows, tables, fitted.get("temperature"))
     about = {"dataset": label, "split": split, "network": network, "flips": predictor.flips, "passes": predictor.passes}
@@ -103,13 +60,8 @@ def evaluate(
 
 
 def measure(found: dict[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool.
-
-    The mean p is brought to the mask's size as its logits are, as the mask itself.
-    """
-    logits, mean, sigma = (
-        at_size(values, truth.shape) for values in (found["logits"], to_logits(found["mean"]), found["sigma"])
-    )
+    """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool."""
+    logits, mean, sigma = (at_size(found[name], truth.shape) for name in ("logits", "mean", "sigma"))
     predicted = logits > 0
     wrong, band = predicted != truth, boundary.band(predicted)
     counts = metrics.confusion(predicted, truth)
@@ -164,7 +116,7 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
     dataset = data.training_set(FrozenConfigDict(predictor.settings.to_dict() | {"data_dir": data_dir}))
     chosen = dataset.labelled[:: -(-len(dataset.labelled) // LABELLED)]
     examples = (data.Example(str(i), *dataset.rows[i].values()) for i in chosen)
-    histograms = [calibration.histogram(to_logits(f["mean"]), e.mask / 255) for e, f in predictor(examples)]
+    histograms = [calibration.histogram(found["mean"], example.mask / 255) for example, found in predictor(examples)]
     found = calibration.out_of_fold(np.stack(histograms))
     if refit:
         write(path, kept | {predictor.name: found})
@@ -184,6 +136,15 @@ def cases(path, seen, dice, *, each: int = 2):
     figures.panel(path, columns, [f"{name}\nDice {dice[i]:.3f}" for name, i in zip(ids, picked, strict=True)])
 
 
+def keep_worst(folder, seen, rows):
+    """The images with the lowest Dice, for a page of runs; seen as for `cases`, rows: the figures of each image."""
+    picked = np.argsort([row["dice"] for row in rows], kind="stable")[: worst.KEPT]
+    _, images, truths, logits, sigma = (np.stack(part) for part in zip(*(seen[i] for i in picked), strict=True))
+    maps = {"image": images, "truth": truths / 255, "prediction": expit(logits), "sigma": sigma}
+    names = ("dice", "iou", "precision", "recall", "hd95", "sigma")
+    worst.write(folder, [row["id"] for row in rows], {name: [row[name] for row in rows] for name in names}, picked, maps)
+
+
 def table(result: dict) -> str:
     """The evaluation object as text."""
     lines = [f"{result['dataset']} {result['split']}: {result['images']} images, {result['missed']} lesions missed"]
@@ -200,11 +161,17 @@ def finish(workdir):
     """
     workdir, settings = pathlib.Path(workdir), config.load(workdir)
     name = settings.dataset if settings.split == "dev" else settings.test
+    if name == "folder" and not data.measurable(settings):
+        print("no outlined image is held out (holdout): nothing is measured", flush=True)
+        return
     result = evaluate(workdir, name, split=settings.split, images_csv=workdir / "evaluation_images.csv", refit=True)
     write(workdir / "evaluation.json", result)
     (workdir / "evaluation.txt").write_text(table(result) + "\n")
     run = json.loads((workdir / "config.json").read_text())
     del run["config"]["data_dir"]  # where data lie is nobody else's business
+    run["config"]["files"] = config.without_paths(run["config"].get("files", {}))
+    if not run["config"]["files"]:
+        del run["config"]["files"]
     seconds = round(Logger.seconds(workdir))
     write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})
     print(table(result), flush=True)

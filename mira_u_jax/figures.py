@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 
 from mira_u_jax import pseudo, sharding
+from mira_u_jax.config import outlined
 from mira_u_jax.rng import named
 
 matplotlib.use("Agg")  # no screen
@@ -73,7 +74,7 @@ def training_curves(workdir):
 
 
 def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
-    """A function (step, state) that draws DIR/figures/train_<step>.png.
+    """A function (step, state) that draws DIR/figures/train_<step>.png and returns that path.
 
     Image, truth, pseudo-label, sigma, w and the averaged student's prediction of the same few images without outlines
     (of labelled ones where all are labelled); supervised runs have no pseudo-label.
@@ -95,10 +96,13 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
         return maps
 
     def draw(step, state):
-        maps = {"image": image, "truth": mask} | jax.device_get(look(state, image, run.key))
+        known = {"image": image, "truth": mask} if outlined(config) else {"image": image}
+        maps = known | jax.device_get(look(state, image, run.key))
+        path = run.workdir / "figures" / f"train_{step:06d}.png"
         if jax.process_index():  # every process computes, the first one writes
-            return
+            return path
         titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "w", "prediction") if t in maps]
-        panel(run.workdir / "figures" / f"train_{step:06d}.png", {t: maps[t] for t in titles}, [str(i) for i in shown])
+        panel(path, {t: maps[t] for t in titles}, [str(i) for i in shown])
+        return path
 
     return draw

@@ -83,12 +83,38 @@ class ConvBlock(nnx.Module):
         return nnx.gelu(x + self.dropout(y, rngs=rngs))
 
 
+class Linear(nnx.Module):
+    """x @ kernel + bias over the last axis, as nnx.Linear, with the gradient of `product`."""
+
+    def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+
+    def __call__(self, x):  # ... c -> ... d
+        return product(x, self.kernel[...]) + jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
+
+
+@jax.custom_vjp
+def product(x, kernel):  # ... c, c d -> ... d
+    """x @ kernel. Its gradient for the kernel is x^T g; JAX's own rule takes (g^T x)^T, for which XLA copies g on a CPU."""
+    return x @ kernel
+
+
+def product_backward(inputs, g):
+    x, kernel = inputs
+    x, g_rows = rearrange(x, "... c -> (...) c"), rearrange(g, "... d -> (...) d")
+    return g @ kernel.T, jax.lax.dot_general(x, g_rows, (((0,), (0,)), ((), ())))
+
+
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), product_backward)
+
+
 class Mlp(nnx.Module):
     """Two linear layers with GELU between. Section 3.1.1 (hidden size 512 in the teacher)."""
 
     def __init__(self, channels: int, hidden: int, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(channels, hidden, rngs=rngs)
-        self.down = nnx.Linear(hidden, channels, rngs=rngs)
+        self.up = Linear(channels, hidden, rngs=rngs)
+        self.down = Linear(hidden, channels, rngs=rngs)
 
     def __call__(self, x):  # ... c -> ... c
         return self.down(nnx.gelu(self.up(x)))
@@ -100,9 +126,9 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, heads: int, *, rngs: nnx.Rngs):
         if channels % heads:
             raise ValueError(f"Attention: {channels} channels do not divide into {heads} heads")
-        self.query = nnx.Linear(channels, channels, rngs=rngs)
-        self.key_value = nnx.Linear(channels, 2 * channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs)
+        self.query = Linear(channels, channels, rngs=rngs)
+        self.key_value = Linear(channels, 2 * channels, rngs=rngs)
+        self.out = Linear(channels, channels, rngs=rngs)
         self.heads = heads
 
     def __call__(self, x, context=None, *, bias=None):  # b n c, b m c, bias (b or 1) k n m -> b n c

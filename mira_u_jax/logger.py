@@ -1,5 +1,6 @@
 """What a run says: one JSON object a line in metrics.jsonl, and a progress line with speed and time left."""
 
+import functools
 import json
 import pathlib
 import time
@@ -7,12 +8,17 @@ import time
 import jax
 import numpy as np
 
+from mira_u_jax.events import Events
+
 
 class Logger:
-    """Writer of DIR/metrics.jsonl, only on process 0. Metrics stay on the device until a line is due."""
+    """Writer of DIR/metrics.jsonl and, for TensorBoard, DIR/events; on process 0 only.
+
+    Metrics stay on the device until a line is due.
+    """
 
     def __init__(self, workdir, stage: str, *, step: int, steps: int, images_per_step: int):
-        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        self.path, self.first = pathlib.Path(workdir) / "metrics.jsonl", step
         self.stage, self.steps, self.images_per_step = stage, steps, images_per_step
         self.pending, self.active = [], jax.process_index() == 0
         if self.active:
@@ -54,8 +60,7 @@ class Logger:
                     f"{self.stage}: the loss is not finite at step {step - len(rows) + 1 + i} (gradient norms: {norms});"
                     " lower optim.lr, or look at the images of that step"
                 )
-        mean = {name: mean_of([row[name] for row in rows]) for name in rows[0]}
-        mean = {name: value for name, value in mean.items() if value is not None}
+        mean = {name: value for name in rows[0] if (value := mean_of([row[name] for row in rows])) is not None}
         done, then = self.since
         seconds = time.perf_counter() - then
         speed = (step - done) * self.images_per_step / max(seconds, 1e-9)
@@ -82,6 +87,16 @@ class Logger:
         if self.active:
             with self.path.open("a") as f:
                 f.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self.events.scalars(step, split, values)
+
+    def picture(self, step: int, path):
+        """A picture that was drawn at `step`, for TensorBoard."""
+        if self.active:
+            self.events.picture(step, self.stage, path)
+
+    @functools.cached_property
+    def events(self) -> Events:
+        return Events(self.path.parent, self.stage, step=self.first)
 
 
 def mean_of(values) -> float | None:

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from mira_u_jax import cluster, command, config, evaluate, replicates, train
+from mira_u_jax import cluster, command, config, evaluate, replicates, sharding, train
 from mira_u_jax.errors import UserError
 from mira_u_jax.workdir import claimed
 
@@ -38,6 +38,8 @@ def main():
         if PROCESSES.value:
             raise UserError("--seeds: each seed is a process of its own, so leave --processes out")
         sys.exit(replicates.run(sys.argv[1:], workdir, range(resolved.seed, resolved.seed + SEEDS.value)))
+    if PROCESSES.value is None and not cluster.launched():
+        sharding.use_cores(resolved)
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=TIMEOUT.value)
     cluster.say(f"workdir {workdir}")
     with claimed(workdir) if cluster.first() else contextlib.nullcontext():

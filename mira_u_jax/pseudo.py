@@ -93,18 +93,21 @@ def report(label: PseudoLabel, p_w, truth, *, filtered: bool) -> dict[str, jax.A
     sigma and w also in the band around the teacher's outline (a pixel whose 5x5 neighbourhood holds both classes), where
     they must be alive: over plain skin every teacher is sure. Dice of mu and of p_w, means over images. Where there is a
     filter, the share it keeps, and for the pixels kept and dropped apart, Dice and expected calibration error of mu over
-    all of them. NaN where a batch has no such pixel.
+    all of them. NaN where a batch has no such pixel. truth None: nobody outlined them; what needs an outline is left out.
     """
     band = near_outline(label.mu)
-    truth = equations.f32(truth > 0.5)
     found = {
         "sigma": label.sigma.mean(), "sigma_band": mean_where(label.sigma, band),
         "w": label.w.mean(), "w_band": mean_where(label.w, band),
-        "teacher_dice": dice(label.mu, truth, (1, 2)).mean(), "student_dice": dice(p_w, truth, (1, 2)).mean(),
     }
+    if filtered:
+        found["keep"] = label.keep.mean()
+    if truth is None:
+        return found
+    truth = equations.f32(truth > 0.5)
+    found |= {"teacher_dice": dice(label.mu, truth, (1, 2)).mean(), "student_dice": dice(p_w, truth, (1, 2)).mean()}
     if not filtered:
         return found
-    found["keep"] = label.keep.mean()
     for name, where in (("kept", label.keep), ("dropped", 1 - label.keep)):
         some = where.sum() > 0
         found[f"{name}_dice"] = jnp.where(some, dice(label.mu * where, truth * where, None), jnp.nan)

@@ -1,10 +1,36 @@
 """Where arrays lie: one mesh axis `data` over all devices of all processes. Models and losses know nothing of it."""
 
+import contextlib
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 WHOLE_BELOW = 2**12  # elements; to part a smaller array costs more than it saves
+
+
+def use_cores(config):
+    """Make each CPU core that divides the batches a device of its own. To be called before anything touches a device.
+
+    XLA parallelises few of an operation's kinds over cores; two devices run the same program on half of the batch each, and
+    keep more of it in their caches. With mesh.cpu_devices=auto, what JAX or XLA was told about the number of devices
+    stands, and so does what a process has begun with. Accelerators are none of this function's business.
+    """
+    wanted = config.mesh.cpu_devices
+    if wanted != "auto":
+        jax.config.update("jax_num_cpu_devices", wanted)
+        return
+    if jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    fitting = [n for n in range(1, cpu_count() + 1) if config.train.batch % (2 * n) == 0 and config.mim.batch % n == 0]
+    with contextlib.suppress(RuntimeError):  # devices are in use already
+        jax.config.update("jax_num_cpu_devices", fitting[-1])
+
+
+def cpu_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_mesh(count: int | None = None) -> Mesh:
@@ -41,6 +67,19 @@ def layout(tree, mesh: Mesh, *, fsdp: bool):
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
 
     return jax.tree.map(rule, tree)
+
+
+def gathering(step, mesh: Mesh):
+    """`step` on a state spread by FSDP: inside, theta and phi are whole, each array gathered where it is first used.
+
+    Without it XLA spreads activations after the parameters, by heads and channels, and copies them to and fro.
+    """
+
+    def gathered(state, *inputs):
+        whole = jax.lax.with_sharding_constraint({"params": state.params, "ema": state.ema}, replicated(mesh))
+        return step(state.replace(**whole), *inputs)
+
+    return gathered
 
 
 def share(mesh: Mesh, batch: int) -> slice:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from einops import rearrange
 from flax import nnx, struct
 
 from mira_u_jax import augment, equations, pseudo
-from mira_u_jax.config import steps_of
+from mira_u_jax.config import outlined, steps_of
 from mira_u_jax.rng import named
 from mira_u_jax.student import MaskedReconstruction, Student
 from mira_u_jax.teacher import MaskedAutoencoder, Teacher, to_patches
@@ -206,6 +207,7 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
             state, x_w, named(key, "passes"), networks=networks, config=config, share=state.step / steps
         )
         p_w = jax.lax.stop_gradient(jax.nn.sigmoid(learners["student"](state.params["student"], x_w)))
+        truth = truth if outlined(config) else None
         metrics |= pseudo.report(labels["student"], p_w, truth, filtered=config.pseudo.filter != "none")
         weak = View(x_w, jnp.ones_like(p_w), p_w, labels)
         # 4. CutMix moves everything that belongs to a pixel; each strong view has boxes of its own.
@@ -213,15 +215,16 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
             augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, View(image, notcut, p_w, labels))
             for i, (image, notcut) in enumerate(strong)
         ]
-        strong = jax.tree.map(lambda *views: jnp.concatenate(views), *mixed)
-        x = jnp.concatenate([x, strong.image])  # one forward pass for the labelled and the strong batch
+        strong = jax.tree.map(beside, *mixed)
+        x = beside(x, *(view.image for view in mixed))  # one forward pass for the labelled and the strong batch
 
     def loss_fn(params):
         # 5. The losses; dropout is on in every trained pass.
         loss, parts = 0.0, {}
         for name, network in learners.items():
             z = network.outputs(params[name], x, key=named(key, name))
-            z, z_s = z[:, : y.shape[0]], z[:, y.shape[0] :]
+            z = rearrange(z, "k (b v) h w -> k b v h w", b=y.shape[0])
+            z, z_s = z[:, :, 0], rearrange(z[:, :, 1:], "k b v h w -> k (b v) h w")
             part = {"sup": over_outputs(
                 equations.supervised_loss, z, y, lambda_dice=cfg.lambda_dice, lambda_bce=cfg.lambda_bce
             )}
@@ -263,6 +266,11 @@ def rows(data, index, name: str) -> dict[str, jax.Array]:
     and index None.
     """
     return data[name] if index is None else {part: values[index[name]] for part, values in data.items()}
+
+
+def beside(*batches):
+    """Arrays (b, ...) as one (b v, ...) in which those of one place are neighbours, so that none leaves its device."""
+    return rearrange(jnp.stack(batches, 1), "b v ... -> (b v) ...")
 
 
 def unsupervised(z, view: View, learner: str, cfg):

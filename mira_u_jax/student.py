@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from mira_u_jax.layers import ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, SwinPair
+from mira_u_jax.layers import ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, Linear, SwinPair
 from mira_u_jax.teacher import hidden_patches
 
 
@@ -107,7 +107,7 @@ class MaskedReconstruction(nnx.Module):
         self.encoder = student.encoder
         self.hidden_colour = nnx.Param(jnp.full(3, 0.5, jnp.float32))  # typed: a weak type would compile the step twice
         self.patch, self.ratio = 2 ** len(student.encoder.down), ratio
-        self.out = nnx.Linear(student.encoder.down[-1].out_features, self.patch**2 * 3, rngs=rngs)
+        self.out = Linear(student.encoder.down[-1].out_features, self.patch**2 * 3, rngs=rngs)
 
     def __call__(self, image, key, *, rngs=None):
         rows, cols = image.shape[1] // self.patch, image.shape[2] // self.patch

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from mira_u_jax.layers import ConvBlock, GroupNorm, TransformerBlock, sincos_positions
+from mira_u_jax.layers import ConvBlock, GroupNorm, Linear, TransformerBlock, sincos_positions
 
 
 class Encoder(nnx.Module):
@@ -14,7 +14,7 @@ class Encoder(nnx.Module):
     def __init__(
         self, *, patch: int, channels: int, depth: int, heads: int, hidden: int, dropout: float, rngs: nnx.Rngs
     ):
-        self.embedding = nnx.Linear(patch * patch * 3, channels, rngs=rngs)
+        self.embedding = Linear(patch * patch * 3, channels, rngs=rngs)
         self.blocks = nnx.List(
             [TransformerBlock(channels, heads, hidden, dropout=dropout, rngs=rngs) for _ in range(depth)]
         )
@@ -48,7 +48,7 @@ class Teacher(nnx.Module):
         self.encoder = Encoder(
             patch=patch, channels=channels, depth=depth, heads=heads, hidden=hidden, dropout=dropout, rngs=rngs
         )
-        self.unfold = nnx.Linear(channels, patch * patch * head_channels, rngs=rngs)
+        self.unfold = Linear(channels, patch * patch * head_channels, rngs=rngs)
         self.detail = nnx.Conv(3, head_channels, (3, 3), rngs=rngs)
         self.norm = GroupNorm(head_channels)
         self.block = ConvBlock(head_channels, rngs=rngs)
@@ -76,13 +76,13 @@ class MaskedAutoencoder(nnx.Module):
 
     def __init__(self, teacher: Teacher, *, ratio: float, channels: int, depth: int, heads: int, rngs: nnx.Rngs):
         self.encoder = teacher.encoder
-        self.embedding = nnx.Linear(teacher.encoder.channels, channels, rngs=rngs)
+        self.embedding = Linear(teacher.encoder.channels, channels, rngs=rngs)
         self.hidden_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (channels,)))
         self.blocks = nnx.List(
             [TransformerBlock(channels, heads, 2 * channels, dropout=0.0, rngs=rngs) for _ in range(depth)]
         )
         self.norm = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
-        self.out = nnx.Linear(channels, teacher.patch**2 * 3, rngs=rngs)
+        self.out = Linear(channels, teacher.patch**2 * 3, rngs=rngs)
         self.patch, self.ratio, self.channels = teacher.patch, ratio, channels
 
     def __call__(self, image, key, *, rngs=None):

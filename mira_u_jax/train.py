@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import itertools
-import os
 import pathlib
 import platform
 import subprocess
@@ -56,6 +55,7 @@ class Run:
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         streamed = data.streamed(config.data, dataset.rows)
         self.resident = None if streamed else sharding.everywhere(dataset.rows.take(dataset.unlabelled), mesh)
+        cluster.meet("data")
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
         """Stage 1, masked image modelling on the pool, `total` steps."""
@@ -155,6 +155,12 @@ class Run:
         layout = sharding.layout(jax.eval_shape(init, params), self.mesh, fsdp=self.config.mesh.fsdp)
         return jax.jit(init, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0})(params), layout
 
+    def compiled(self, step_fn, layout):
+        """The step as the loop calls it; the state lies as `layout` says, before and after."""
+        if self.config.mesh.fsdp:
+            step_fn = sharding.gathering(step_fn, self.mesh)
+        return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+
     def stage(self, name, *, total, epoch, images, params, tx, step_fn, batches, after=None, draw=None) -> steps.TrainState:
         """Run one stage to `total` steps, from its newest checkpoint if there is one. Preempted when told to leave."""
         cfg = self.config.train
@@ -163,7 +169,7 @@ class Run:
             for what in ("log", "save", "figures")
         }
         state, layout = self.start(params, tx)
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+        step_fn = self.compiled(step_fn, layout)
         with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager, Notice() as leave:
             state = checkpoint.restore(manager, state) or state
             first = int(state.step)
@@ -172,6 +178,10 @@ class Run:
             logger = Logger(self.workdir, name, step=first, steps=total, images_per_step=images)
             started = time.perf_counter()
             for step, (arrays, index) in zip(range(first, total), batches(first), strict=False):
+                if step == first and jax.process_count() > 1:
+                    # gloo waits 30 s for the others at a program's first collective, and one may compile for longer.
+                    step_fn = step_fn.lower(state, arrays, index, self.key).compile()
+                    cluster.meet(f"{name} is compiled")
                 state, measured = step_fn(state, arrays, index, self.key)
                 logger.add(measured)
                 done, last = step + 1, step + 1 == total
@@ -189,7 +199,7 @@ class Run:
                     manager.wait_until_finished()
                     raise Preempted(f"{name}: told to leave, saved at step {done} of {total}")
                 if draw and (done % every["figures"] == 0 or last):
-                    draw(done, state)
+                    logger.picture(done, draw(done, state))
             manager.wait_until_finished()
             if first < total:
                 cluster.say(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s")
@@ -212,9 +222,5 @@ def facts() -> dict:
     return {
         "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else ""),
         "versions": versions | {"python": platform.python_version()},
-        "hardware": f"{jax.device_count()} x {device.platform} ({kind}), {cpu_count()} CPU cores",
+        "hardware": f"{jax.device_count()} x {device.platform} ({kind}), {sharding.cpu_count()} CPU cores",
     }
-
-
-def cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -12,8 +12,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import common  # noqa: E402
+from mira_u_jax import checkpoint, steps  # noqa: E402
 from mira_u_jax import config as configuration  # noqa: E402
-from mira_u_jax import steps  # noqa: E402
 from tfds_builders import build  # noqa: E402
 
 
@@ -78,6 +78,19 @@ def reached_bias_rows():
         return (reach[:, None] & reach[None]).reshape(-1)
 
     return rows
+
+
+@pytest.fixture
+def smoke_run(tmp_path, tiny_config):
+    """A workdir as main leaves it, untrained: configuration and checkpoint of a fresh supervised student."""
+    config = tiny_config("method=supervised", dataset="isic2016")
+    names = steps.network_names(config)
+    params = steps.init_params(names, "train", config, jax.random.key(0))
+    state = steps.init_state(params, steps.make_optimizer(config.optim, names, lambda _: 0.0), config.optim)
+    configuration.save(config, tmp_path / "run", {"commit": "abc", "versions": {"jax": jax.__version__}})
+    with checkpoint.open_manager(tmp_path / "run", "train") as manager:
+        checkpoint.save(manager, 1, state)
+    return tmp_path / "run"
 
 
 @pytest.fixture

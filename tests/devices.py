@@ -36,7 +36,8 @@ from configs import common  # noqa: E402
 from mira_u_jax import config as configuration  # noqa: E402
 from mira_u_jax import data, sharding, steps, train  # noqa: E402
 
-SMALL = {  # a Swin pair, a cross and a gated skip, both networks, all losses
+SMALL = {  # a Swin pair, a cross and a gated skip, both networks, all losses; a ViT that makes up most of theta
+    "vit.channels": 256, "vit.hidden": 512,
     "student.widths": (8, 16, 16), "student.stages": ("conv", "conv", "swin"), "student.skips": ("gate", "cross"),
     "mim.steps": 0, "train.batch": 16, "train.steps": 50, "teacher.passes": 2, "optim.warmup": 0.0, "loss.ramp": 0.1,
 }
@@ -52,7 +53,7 @@ class Probe(train.Run):
         tx = optax.chain(record(), tx)
         state, layout = self.start(params, tx)
         step_fn = functools.partial(step_fn.func, **step_fn.keywords | {"tx": tx})
-        step = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
+        step = self.compiled(step_fn, layout)
         batches, found = batches(0), {}
         arrays, index = next(batches)
         step = step.lower(state, arrays, index, self.key).compile()

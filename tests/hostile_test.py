@@ -290,6 +290,7 @@ def written():
     return {row.split(" | ")[0][2:]: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_gives_its_line_of_the_table(name, tmp_path):
     assert outcome(name, tmp_path) == written()[name]

@@ -72,6 +72,27 @@ def test_conv_transpose_equals_torch():
     close(module(x), wanted)
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (2, 5, 3), (2, 4, 5, 3)])
+def test_linear_equals_flax_with_its_gradients(shape):
+    ours, x = randomised(layers.Linear(3, 4, rngs=nnx.Rngs(0))), normal(*shape)
+    flax = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    flax.kernel[...], flax.bias[...] = ours.kernel[...], ours.bias[...]
+    weights = normal(*shape[:-1], 4)
+
+    def gradients(module, batched):
+        graphdef, params = nnx.split(module)
+
+        def loss(params, x):
+            module = nnx.merge(graphdef, params)
+            return (weights * jnp.sin(jax.vmap(module)(x) if batched else module(x))).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    wanted = gradients(flax, batched=False)
+    for batched in (False, True):
+        jax.tree.map(close, gradients(ours, batched), wanted)
+
+
 # --- attention --------------------------------------------------------------------------------------------------------
 
 

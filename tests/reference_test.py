@@ -105,7 +105,7 @@ def ingredients(networks, state, data, config, meaning, t):
     boxes = [augment.cutmix(named(key, f"cutmix/{i}"), 1.0, pixel) for i in range(len(strong))]  # which pixel comes here
     mixed = [x_s.reshape(-1, 3)[box] for (x_s, _), box in zip(strong, boxes, strict=True)]
     made |= {"boxes": boxes, "notcut": [notcut for _, notcut in strong]}
-    made["x"] = jnp.concatenate([x, *mixed])
+    made["x"] = jnp.stack([x, *mixed], 1).reshape(-1, *x.shape[1:])  # a labelled image, then the views of its place
     for name in [name for name in networks if not name.endswith("_mim")]:
         made[f"z_{name}"] = networks[name].outputs(state.params[name], made["x"], key=named(key, name))
     for name in [name for name in networks if name.endswith("_mim")]:
@@ -154,10 +154,12 @@ def reference(made, config, meaning, t):
         target, w, keep = map(moved, labels[name])
         rest = (lambda_c, meaning)
         parts = []
+        every = 1 + len(made["boxes"])
         for z in made[f"z_{name}"]:
-            sup = supervised(z[:4], made["y"], meaning["dice"], meaning["ce"])
-            unsup = unsupervised(z[4:], target, moved(made["p_w"]), w * keep * notcut, *rest)
-            parts.append((sup, unsup, entropy(z[4:], notcut)))
+            z, z_s = z[::every], np.concatenate([z[view::every] for view in range(1, every)])
+            sup = supervised(z, made["y"], meaning["dice"], meaning["ce"])
+            unsup = unsupervised(z_s, target, moved(made["p_w"]), w * keep * notcut, *rest)
+            parts.append((sup, unsup, entropy(z_s, notcut)))
         sup, unsup, ent = np.mean(parts, 0)
         if name == "student" and meaning["feature"]:  # UniMatch: half from a weak view with half of the channels
             target, w, keep = labels[name]
@@ -231,13 +233,14 @@ def test_gradients_are_those_of_constant_labels(tiny_config, tiny_data, networks
     a, y, beta = w * keep * notcut, made["y"], np.exp(-5 * (1 - t / STEPS / config.loss.ramp) ** 2)
 
     def slope(z, lambda_c, gamma):  # dL/dz of Eq. (9)
-        z, z_s = z[0, :4], z[0, 4:]
+        z, z_s = z[0, ::2], z[0, 1::2]
         p, q = sigmoid(z), sigmoid(z_s)
         size = (p.sum((1, 2)) + y.sum((1, 2)) + 1)[:, None, None]
         overlap = (2 * (p * y).sum((1, 2)) + 1)[:, None, None]
         sup = -(2 * y * size - overlap) / size**2 * p * (1 - p) / len(z) / 2 + (p - y) / z.size / 2
         unsup = a * ((q - target) + 2 * lambda_c * (q - p_w) * q * (1 - q)) / a.sum()
-        return np.concatenate([sup, beta * (unsup - gamma * z_s * q * (1 - q) * notcut / notcut.sum())])[None]
+        unsup = beta * (unsup - gamma * z_s * q * (1 - q) * notcut / notcut.sum())
+        return np.stack([sup, unsup], 1).reshape(1, -1, *z.shape[1:])
 
     @jax.jit
     def pull_back(params, slopes):

@@ -1,5 +1,6 @@
 """One mesh: where arrays lie, and that a step on 1, 2 and 8 devices is the same step. The steps run in devices.py."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -38,6 +39,26 @@ def test_the_rule_spreads_the_longest_axis_that_the_devices_divide():
         "not by the longest": PartitionSpec(None, "data"),
     }
     assert set(layout(shapes, 8, fsdp=False).values()) == {PartitionSpec()}
+
+
+@pytest.mark.parametrize(("batch", "mim", "asked", "environment", "count"), [
+    (8, 16, "auto", {}, 4), (4, 16, "auto", {}, 2), (8, 3, "auto", {}, 1), (8, 16, 3, {}, 3),
+    (8, 16, "auto", {"JAX_NUM_CPU_DEVICES": "5"}, 5),
+    (8, 16, "auto", {"XLA_FLAGS": "--xla_force_host_platform_device_count=6"}, 6),
+])
+def test_a_core_is_a_device_where_it_divides_the_batches(batch, mim, asked, environment, count):
+    """On a machine of seven cores."""
+    code = f"""
+import types, jax
+from mira_u_jax import sharding
+sharding.cpu_count = lambda: 7
+part = types.SimpleNamespace
+sharding.use_cores(part(mesh=part(cpu_devices={asked!r}), train=part(batch={batch}), mim=part(batch={mim})))
+print(jax.device_count())
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")} | environment
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=HERE.parent)
+    assert found.stdout.split() == [str(count)], found.stderr
 
 
 def test_one_process_has_the_whole_batch():

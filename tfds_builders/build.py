@@ -19,6 +19,10 @@ from tfds_builders.common import CONFIGS, DataError
 
 DATASETS = ("isic2016", "ph2", "synthetic_lesions")
 CONFIG_NAMES = tuple(config.name for config in CONFIGS)
+EXAMPLES = """examples:
+  python -m tfds_builders.build synthetic_lesions
+  python -m tfds_builders.build isic2016 --manual_dir=FOLDER_WITH_THE_FOUR_ZIPS --config=all
+  python -m tfds_builders.build ph2 --manual_dir=FOLDER_THAT_HOLDS_PH2Dataset --data_dir=DIR"""
 GROUPS = {"all": CONFIG_NAMES, "sized": tuple(config.name for config in CONFIGS if config.size)}
 
 
@@ -75,7 +79,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = _Parser(prog="python -m tfds_builders.build", description="Builds a TFDS data set, without TensorFlow.")
+    parser = _Parser(
+        prog="python -m tfds_builders.build",
+        description="Builds a TFDS data set, without TensorFlow.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--manual_dir", help="folder with the source files (default: <data_dir>/downloads/manual)")
     parser.add_argument("--data_dir", help="where TFDS keeps data sets (default: TFDS's own)")

@@ -192,7 +192,7 @@ def decode(data: bytes, where: object) -> Image.Image:
     if w * h > MAX_PIXELS:
         raise DataError(f"{where} has more than {MAX_PIXELS:,} pixels: shrink it")
     if moves:
-        raise DataError(f"{where} holds {image.n_frames} pictures: give a still image")
+        raise DataError(f"{where} holds {getattr(image, 'n_frames', 1)} pictures: give a still image")
     if min(w, h) < MIN_SIDE:
         raise DataError(f"{where} is {w}x{h}: an image has sides of at least {MIN_SIDE} pixels")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -292,7 +292,7 @@ CONFIGS = [
 ]
 
 
-class LesionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class LesionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders: configs, features, array_record files, and the memory of what they were built from.
 
     A subclass sets OFFICIAL (split -> number of images in the complete data set) and defines `_info`,

@@ -1,0 +1,203 @@
+"""Masks for images: what a trained run finds in files of your own.
+
+    python -m mira_u_jax.predict --workdir=DIR --input=FILES_OR_FOLDER --output=FOLDER
+
+Examples: --input=photos, --input a.jpg b.png, --input='photos/**/*.jpg', --input=photos.zip, or a list on standard
+input: find photos -name '*.jpg' | python -m mira_u_jax.predict --input=- ...
+
+FOLDER gets, at the size of each image, <id>_mask.png (0 or 255), <id>_overlay.png (the outline, and in red where the passes
+disagree), <id>_sigma.png (that disagreement: value / 510, from 0 to .5) and one line in predictions.csv. A file that cannot
+be read is left out and named at the end, and in failed.txt; the exit status is then 2.
+"""
+
+import collections
+import concurrent.futures
+import csv
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+
+import cv2
+import jax
+import numpy as np
+from absl import flags
+
+from mira_u_jax import command, inference, inputs
+from mira_u_jax.errors import UserError
+from mira_u_jax.inference import at_size, batched
+from tfds_builders import common
+from tfds_builders.common import DataError
+
+COLUMNS = ("id", "area_share", "mean_sigma", "border_touched", "seconds")
+NAMED = 5  # files that the last line names; failed.txt names all
+
+
+@dataclasses.dataclass
+class Item:
+    """One image on its way: pixels (h, w, 3) uint8, square (s, s, 3) uint8, maps as inference.maps, (s, s) each."""
+
+    id: str
+    pixels: np.ndarray
+    square: np.ndarray
+    seconds: float  # its own reading, its share of the batch, its writing
+    maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def predict(
+    workdir, files: dict[str, common.File], output, *, network: str = "student", passes: int = 0, batch: int = 0,
+    threads: int = 4,
+) -> dict[str, str]:
+    """Write what FOLDER gets for `files` {id: file}; returns {id: why} of those that could not be read.
+
+    passes: of dropout, behind sigma; 0 as the run is evaluated; batch: images at once, 0 by their size. Reads and writes on
+    `threads` threads beside the device, a few batches ahead at most, so that memory does not grow with the number of files.
+    One compilation. Raises UserError; OSError where the output cannot be written.
+    """
+    predictor = inference.Predictor(workdir, network)
+    output = pathlib.Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output} is a file: give a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    batch = min(batch or predictor.batch, len(files))
+    look_at = functools.partial(inference.alike, network=predictor.network, passes=passes or predictor.passes)
+    step = functools.partial(jax.jit(look_at), predictor.params, key=predictor.key)
+    failed, progress = {}, Progress(len(files))
+
+    def good(items):
+        for id, item in items:
+            if isinstance(item, Item):
+                yield item
+            else:
+                failed[id] = str(item)
+                progress.add()
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool, (output / "predictions.csv").open("w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(COLUMNS)
+        read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), batch)
+        looked = (item for group in batched(good(read), batch) for item in look(step, group, batch))
+        for row in ahead(pool, functools.partial(write_item, output=output), looked, batch):
+            table.writerow(row)
+            f.flush()
+            progress.add()
+    progress.close()
+    report = output / "failed.txt"
+    report.unlink(missing_ok=True)  # of an earlier call
+    if failed:
+        report.write_text("".join(f"{files[id]}\t{why}\n" for id, why in failed.items()))
+    return failed
+
+
+def ahead(pool, function, items, count: int):
+    """function(item) of every item, in order, `count` of them under way on the pool."""
+    queue = collections.deque()
+    for item in items:
+        queue.append(pool.submit(function, item))
+        if len(queue) > count:
+            yield queue.popleft().result()
+    while queue:
+        yield queue.popleft().result()
+
+
+def read_item(named, *, size: int) -> tuple[str, Item | DataError]:
+    """(id, Item) of (id, file), decoded and squashed; instead of the Item why it could not be."""
+    started, (id, file) = time.perf_counter(), named
+    try:
+        pixels = inputs.pixels(file)
+        return id, Item(id, pixels, common.squash(pixels, size), time.perf_counter() - started)
+    except DataError as error:
+        return id, error
+
+
+def look(step, items, batch: int):
+    """The items of a batch with their maps; the last batch is padded."""
+    started = time.perf_counter()
+    image = np.stack([item.square for item in items])
+    padded = np.concatenate([image, np.zeros((batch - len(items), *image.shape[1:]), np.uint8)])
+    maps = jax.device_get(step(padded))
+    for i, item in enumerate(items):
+        item.maps = {name: values[i] for name, values in maps.items()}
+        item.seconds += (time.perf_counter() - started) / len(items)
+    return items
+
+
+def write_item(item: Item, *, output: pathlib.Path) -> tuple:
+    """Write the three pictures of an item and return its row of predictions.csv."""
+    started, shape = time.perf_counter(), item.pixels.shape
+    mask = at_size(item.maps["logits"], shape) > 0
+    sigma = at_size(item.maps["sigma"], shape)
+    save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)
+    save(output / f"{item.id}_sigma.png", (sigma * 510).clip(0, 255).round().astype(np.uint8))
+    save(output / f"{item.id}_overlay.png", overlay(item.pixels, mask, sigma))
+    edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
+    seconds = item.seconds + time.perf_counter() - started
+    return item.id, f"{mask.mean():.6f}", f"{item.maps['sigma'].mean():.6f}", int(edge), f"{seconds:.3f}"
+
+
+def save(path: pathlib.Path, pixels: np.ndarray):
+    """PNG of uint8 (h, w[, 3]), whole or not there at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(common.png(pixels))
+    partial.rename(path)
+
+
+def overlay(pixels: np.ndarray, mask: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3): the image, red where sigma (h, w) is high, and the outline of mask (h, w)."""
+    red = (np.clip(sigma / 0.3, 0, 1) * 0.6)[..., None]  # .3, as the pictures of a training run
+    drawn = np.ascontiguousarray((pixels * (1 - red) + np.array([255, 0, 0]) * red).astype(np.uint8))
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    width = max(round(max(mask.shape) / 400), 1)
+    cv2.drawContours(drawn, outlines, -1, (0, 0, 0), 3 * width)  # a dark rim, to be seen on any skin
+    cv2.drawContours(drawn, outlines, -1, (255, 255, 0), width)
+    return drawn
+
+
+class Progress:
+    """A line on the terminal: done, speed and time left; nothing where stderr is no terminal."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.started, self.shown = total, 0, time.perf_counter(), sys.stderr.isatty()
+
+    def add(self):
+        self.done += 1
+        speed = self.done / max(time.perf_counter() - self.started, 1e-9)
+        left = int((self.total - self.done) / speed)
+        bar = "#" * (24 * self.done // self.total)
+        text = f"\r[{bar:<24}] {self.done}/{self.total}  {speed:.1f} images/s  {left // 60}:{left % 60:02d} left "
+        if self.shown:
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.shown:
+            print(file=sys.stderr)
+
+
+def main():
+    f = flags.FLAGS
+    for name, least in (("passes", 0), ("batch", 0), ("threads", 1)):
+        if getattr(f, name) < least:
+            raise UserError(f"--{name}={getattr(f, name)}: it must be an integer >= {least}")
+    files = inputs.find(f.input, ignore=f.output)
+    started = time.perf_counter()
+    failed = predict(
+        f.workdir, files, f.output, passes=f.passes, batch=f.batch, threads=f.threads, network=f.network
+    )
+    done, seconds = len(files) - len(failed), time.perf_counter() - started
+    print(f"{done} masks in {f.output}, {seconds:.1f} s, compilation included", flush=True)
+    if failed:
+        reasons = "; ".join(list(failed.values())[:NAMED])
+        more = f"; {len(failed) - NAMED} more in {f.output}/failed.txt" if len(failed) > NAMED else ""
+        raise UserError(f"{len(failed)} of {len(files)} files have no mask: {reasons}{more}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of a run of main.")
+    flags.DEFINE_multi_string("input", None, "File, folder, zip or glob; may be given again. -: a list on standard input.")
+    flags.DEFINE_string("output", None, "Folder for masks, overlays, deviations and predictions.csv.")
+    flags.DEFINE_integer("passes", 0, "Dropout passes behind sigma; 0: as the run is evaluated.")
+    flags.DEFINE_integer("batch", 0, "Images at once; 0: by their size.")
+    flags.DEFINE_integer("threads", 4, "Threads that read and write.")
+    flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
+    command.run(main, required=("workdir", "input", "output"), rest="input")
