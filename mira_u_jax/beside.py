@@ -1,7 +1,5 @@
 """The paper's tables beside runs of this code, row by row: published, run again, interval, pairs, check."""
 
-import re
-
 import jax
 from ml_collections import FrozenConfigDict
 
@@ -33,7 +31,7 @@ def candidates(row: paper.Row) -> list[dict]:
         return [{"method": method, "frac": frac}] if method else []
     if row.table == 5:
         return [{"method": "mira_u", "ablate": TABLE_5[row.label], "frac": frac} for frac in (0.5, 0.1)]
-    batch = int(re.search(r"batch (\d+)", row.label)[1])
+    batch = int(row.label.rpartition("batch ")[2])
     frac = float(row.label.partition("%")[0]) / 100 if row.table == 2 else 0.5
     exact = {"method": "mira_u", "frac": frac, "batch": batch}
     return [exact, {"method": "mira_u", "frac": frac}]

@@ -37,14 +37,14 @@ def distances(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     a, b = np.argwhere(outline(predicted)), np.argwhere(outline(truth))
     if not len(a) or not len(b):
         right = len(a) == len(b)
-        percent, pixels = (0.0, 0.0) if right else (LOST, GRID * 2**0.5)
-        return {"hd95": percent, "assd": percent, "hd95_px512": pixels, "assd_px512": pixels, "boundary_f1": float(right)}
+        far, wide = (0.0, 0.0) if right else (LOST, GRID * 2**0.5)
+        return {"hd95": far, "assd": far, "hd95_px512": wide, "assd_px512": wide, "boundary_f1": float(right)}
     shape = np.array(truth.shape)
     diagonal = np.hypot(*shape)
     there, back = nearest(a, b), nearest(b, a)
     percent = np.concatenate([there, back]) * (100 / diagonal)
-    a, b = a * (GRID / shape), b * (GRID / shape)
-    pixels = np.concatenate([nearest(a, b), nearest(b, a)])
+    squashed = a * (GRID / shape), b * (GRID / shape)
+    pixels = np.concatenate([nearest(*squashed), nearest(*squashed[::-1])])
     p, r = np.mean(there <= TOLERANCE * diagonal), np.mean(back <= TOLERANCE * diagonal)
     return {
         "hd95": float(np.percentile(percent, 95)), "assd": float(percent.mean()),

@@ -93,19 +93,19 @@ AVERAGED = (
 
 def summary(rows: list[dict], tables: list[dict], temperature: float | None = None) -> dict:
     """The figures of all images from those of each (`measure`); the calibrated ones only with a temperature."""
-    tables = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
+    stacked = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
     pooled = {}
     for part, ending in (("all", ""), ("band", "_band")):
-        pooled[f"ece{ending}"] = (calibration.ece, calibration.reliability(tables[part]))
+        pooled[f"ece{ending}"] = (calibration.ece, calibration.reliability(stacked[part]))
         if temperature:
-            pooled[f"ece{ending}_calibrated"] = (calibration.ece, calibration.reliability(tables[part], temperature))
+            pooled[f"ece{ending}_calibrated"] = (calibration.ece, calibration.reliability(stacked[part], temperature))
     each = {name: np.array([row[name] for row in rows]) for name in AVERAGED}
     found = metrics.summary(np.array([[row[name] for name in COUNTED] for row in rows]), each=each, pooled=pooled)
     return found | {
         "temperature": temperature,
         "reliability": calibration.curve(pooled["ece"][1].mean(0), "p", "lesion"),
         "reliability_band": calibration.curve(pooled["ece_band"][1].mean(0), "p", "lesion"),
-        "error_by_sigma": calibration.curve(tables["sigma"].mean(0), "sigma", "wrong"),
+        "error_by_sigma": calibration.curve(stacked["sigma"].mean(0), "sigma", "wrong"),
     }
 
 

@@ -10,11 +10,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 FORCED = r"--xla_force_host_platform_device_count=\d+"
-# What makes one device of several visible; the TPU's is as its documentation says and has not been tried.
+# What makes one device of several visible. A CPU has several only where they are forced, else a run has all of its cores.
+# The TPU's is as its documentation says and has not been tried.
 VISIBLE = {
     "gpu": lambda i: {"CUDA_VISIBLE_DEVICES": i},
     "tpu": lambda i: {"TPU_VISIBLE_CHIPS": i, "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"},
-    "cpu": lambda i: {"XLA_FLAGS": re.sub(FORCED, "", os.environ.get("XLA_FLAGS", ""))},
+    "cpu": lambda i: {"XLA_FLAGS": re.sub(FORCED, f"{FORCED[:-3]}1", os.environ.get("XLA_FLAGS", ""))},
 }
 
 

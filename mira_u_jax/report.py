@@ -3,7 +3,8 @@
     python -m mira_u_jax.report --runs=DIR [DIR ...] --output=FOLDER
     python -m mira_u_jax.report --check-paper
 
-DIR holds runs of main or what grid kept of them (results/). FOLDER gets report.md, the same tables as CSV and pictures.
+DIR holds runs of main or what grid kept of them (results/). FOLDER gets report.md, the same tables as CSV, pictures
+and, where DIR holds whole runs, index.html, a page of them.
 --check-paper prints every row of the paper's Tables 2-5 with a verdict (docs/paper.md, section 6) and reads no run.
 """
 
@@ -12,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from mira_u_jax import beside, charts, command, consistency, runs
+from mira_u_jax import beside, charts, command, consistency, page, runs
 from mira_u_jax.errors import UserError
 from mira_u_jax.text import Table, check, figure, heading, mark, markdown, percent, span
 
@@ -103,9 +104,9 @@ def gaps(groups) -> Table:
         few, every = (
             runs.plain([o for o in here if o.config["frac"] == frac], "supervised") for frac in (g.config["frac"], 1)
         )
-        if g.config["method"] == "supervised" or None in (few, every) or few is every:
+        if g.config["method"] == "supervised" or few is every:
             continue
-        if found := runs.gap(g, few, every):
+        if few and every and (found := runs.gap(g, few, every)):
             rows.append([
                 heading(g), percent(g), g.title, str(found.count), figure(found.ours), figure(found.all),
                 figure(found.share, 2),
@@ -139,7 +140,7 @@ def tables(groups) -> list[Table]:
 
 
 def write(found: list[runs.Run], output) -> list[str]:
-    """Write report.md, CSVs and pictures of runs into a folder; the names of the pictures."""
+    """Write report.md, CSVs, pictures and the page of whole runs into a folder; the names of the pictures."""
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
     groups = runs.grouped(found)
@@ -151,6 +152,8 @@ def write(found: list[runs.Run], output) -> list[str]:
     shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
     text = [INTRODUCTION, *map(markdown, written), "## Pictures", *shown, consistency.WORDS]
     (output / "report.md").write_text("\n\n".join(text) + "\n")
+    if folders := [run.folder for run in found if run.folder]:
+        page.write(folders, output / "index.html")
     return pictures
 
 

@@ -219,7 +219,7 @@ def difference(a: Group, b: Group, name: str = "dice") -> Interval | None:
 
 def word(found: Interval) -> str:
     """What an interval of differences says: better or worse from five pairs on, else that it is too early."""
-    if found.count < ENOUGH:
+    if found.low is None or found.high is None or found.count < ENOUGH:
         return f"open, {found.count} of {ENOUGH} pairs"
     return "better" if found.low > 0 else "worse" if found.high < 0 else "no difference shown"
 

@@ -62,7 +62,9 @@ def test_one_device_takes_them_one_after_the_other(processes, monkeypatch):
     monkeypatch.setattr(replicates, "devices", lambda: ("cpu", ["0"]))
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
     assert replicates.run([], "runs/x", range(3)) == 0
-    assert [env["XLA_FLAGS"].split() for _, env in started] == [["--xla_a=1"]] * 3
+    assert [env["XLA_FLAGS"].split() for _, env in started] == [
+        ["--xla_a=1", "--xla_force_host_platform_device_count=1"]
+    ] * 3
     codes[1] = -15
     assert replicates.run([], "runs/x", range(2)) == 143
 
@@ -92,7 +94,7 @@ def test_a_seed_of_several_equals_its_own_run(tmp_path, synthetic_data_dir):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    main(tmp_path / "alone", "--config.seed=1")
+    main(tmp_path / "alone", "--config.seed=1", flags="--xla_force_host_platform_device_count=1")
     out = main(tmp_path / "both", "--seeds=2", flags="--xla_force_host_platform_device_count=2")
     assert "seed 0 on cpu 0" in out and "seed 1 on cpu 1" in out
 

@@ -121,6 +121,7 @@ def test_pictures_of_a_run_come_along(results, tmp_path):
     path = results("frac=0.1,label_seed=3,seed=3", 0.9)
     workdir = tmp_path / "runs" / "x"
     (workdir / "figures").mkdir(parents=True)
+    (workdir / "config.json").write_text(path.read_text())
     path.rename(workdir / "result.json")
     (workdir / "figures" / "isic2016_test_student.png").write_bytes(b"cases")
     lines = [{"step": s, "split": "train", "loss_sup": 1 / s, "student_dice": 0.1 * s} for s in (1, 2, 3)]
@@ -128,6 +129,7 @@ def test_pictures_of_a_run_come_along(results, tmp_path):
     found = report.write(runs.load([tmp_path / "runs"]), tmp_path / "out")
     assert "curves_isic2016_full_256_px.png" in found
     assert (tmp_path / "out" / "cases_isic2016_full_256_px_mira_u_0.1.png").read_bytes() == b"cases"
+    assert "MIRA-U runs" in (tmp_path / "out" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
