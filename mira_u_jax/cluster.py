@@ -22,7 +22,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
     """Join the run's other processes if the arguments or the launcher speak of any. Before anything touches a device.
 
     timeout: seconds after which one that does not come, or falls silent, counts as lost. Raises UserError for arguments
-    that cannot be, ConnectionError when the others do not come.
+    that cannot be; ends the process when the others do not come.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -34,17 +34,24 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
         raise UserError(f"--coordinator={coordinator}: it must be HOST:PORT")
     if missing and not launched():
         return
-    try:
-        jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
-        )
-    except Exception as error:
-        raise ConnectionError(
-            f"the processes of this run did not all come within {timeout} s ({str(error).splitlines()[0]});"
-            " look at the other processes, then start all of them again"
-        ) from error
+    patience = threading.Timer(timeout, alone, [timeout])  # JAX's own end is abort()
+    patience.daemon = True
+    patience.start()
+    jax.distributed.initialize(
+        coordinator, processes, process, initialization_timeout=2 * timeout + 60, heartbeat_timeout_seconds=timeout
+    )
+    patience.cancel()
     threading.Thread(target=watch, daemon=True).start()
     threading.Thread(target=beat, args=(timeout,), daemon=True).start()
+
+
+def alone(timeout: int):
+    """End this process with a line: it has waited for the others long enough."""
+    print(
+        f"failed: the processes of this run did not all come within {timeout} s; look at the other processes, then start"
+        " all of them again", file=sys.stderr, flush=True,
+    )
+    os._exit(1)
 
 
 def launched() -> bool:

@@ -105,9 +105,10 @@ def test_two_processes_learn_what_one_learns_and_leave_together(cluster):
     assert one.keys() == two.keys() and len(one) == 3 + STEPS
     np.testing.assert_allclose([two[k] for k in one], list(one.values()), rtol=2e-3)
     assert "train: " in cluster.out(0).read_text() and "train: " not in cluster.out(1).read_text()  # one voice
-    files = [{p.name for p in (cluster.folder / name).rglob("*.[pjt]*")} for name in ("one", "two")]
-    assert {"evaluation.json", "config.json", "result.json", "curves.png"} <= files[0]
-    assert {f for f in files[0] if "." in f} == {f for f in files[1] if "." in f}
+    files = [sorted(p.name for p in (cluster.folder / name).rglob("*.[pjt]*")) for name in ("one", "two")]
+    files = [[f.split(".tfevents.")[0] for f in found if not f.startswith("ocdbt.")] for found in files]  # no times, ranks
+    assert {"evaluation.json", "config.json", "result.json", "curves.png"} <= set(files[0])
+    assert files[0] == files[1]
     dice = [json.loads((cluster.folder / name / "evaluation.json").read_text())["dice"] for name in ("one", "two")]
     assert abs(dice[0] - dice[1]) < 0.02
 
@@ -146,7 +147,7 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(cluster, there):
     started = cluster.start(2, "run", "--cluster_timeout=10", only=[there])
     cluster.end(started, 1, timeout=90)
     said = cluster.out(there).read_text()
-    assert "failed (ConnectionError)" in said and "start all of them again" in said
+    assert "failed: the processes" in said and "start all of them again" in said and "stack trace" not in said
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ CASES = {  # what is wrong -> a function of an empty folder that makes it and gi
     "a zip that is cut off": lambda f: zips_but(f, "Training_Data", lambda data: data[: len(data) // 2]),
     "a zip of zero bytes": lambda f: zips_but(f, "Training_Data", lambda data: b""),
     "a web page for a zip": lambda f: zips_but(f, "Test_Data", lambda data: b"<!DOCTYPE html><html>Sign in</html>"),
-    "other bytes in a zip": lambda f: zips_but(f, "Training_Data", lambda data: data[:200] + b"\xff\x00\xff" + data[203:]),
+    "a flipped byte in a zip": lambda f: zips_but(f, "Training_Data", lambda data: data[:200] + b"\xff" + data[201:]),
     "../ in a zip": lambda f: isic(f, extra={"../../evil.jpg": encoded(SKIN, "JPEG")}),
     "an absolute name in a zip": lambda f: isic(f, extra={"/tmp/evil.jpg": encoded(SKIN, "JPEG")}),
     "a link out of the folder": link_out,
@@ -269,6 +269,7 @@ CASES = {  # what is wrong -> a function of an empty folder that makes it and gi
 def shown(text, folder):
     """A line as the table has it: the test's folder is DIR, numbers that differ between machines are gone."""
     text = text.replace(str(folder.resolve()), "DIR").replace(str(folder), "DIR").replace(str(ROOT), ".")
+    text = re.sub(r"\(\d+ keys differ\)", "(... keys differ)", text)
     return re.sub(r"sha256 \w+|object at 0x\w+", "...", text).replace("|", "\\|")
 
 
@@ -286,7 +287,7 @@ def outcome(name, folder):
 
 def written():
     """{what: row} of the table in the documentation."""
-    rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| ") and "| `" in line]
+    rows = [line for line in TABLE.read_text().splitlines() if re.match(r"\| .+ \| \d+ \| `", line)]
     return {row.split(" | ")[0][2:]: row for row in rows}
 
 

@@ -73,14 +73,19 @@ class Runs:
 
     def result(self, name: str):
         """All that must not differ: (newest step, leaves) of both stages, losses of every step, evaluation."""
-
-        def arrays(stage):
-            with ocp.CheckpointManager((self.folder / name / "checkpoints" / stage).resolve()) as manager:
-                step = manager.latest_step()
-                return step, jax.tree.leaves(manager.restore(step, args=ocp.args.PyTreeRestore()))
-
         losses = [(row["split"], row["step"], row["loss"]) for row in self.rows(name)]
-        return [arrays(stage) for stage in STAGES], losses, json.loads((self.folder / name / "evaluation.json").read_text())
+        stages = [arrays(self.folder / name / "checkpoints" / stage) for stage in STAGES]
+        return stages, losses, json.loads((self.folder / name / "evaluation.json").read_text())
+
+
+def arrays(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
+    """(newest step, its leaves) of the checkpoints in `folder`, whatever the number of devices here and there."""
+    step = max(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    path = (folder / str(step) / "default").resolve()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        here = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return step, jax.tree.leaves(checkpointer.restore(path, restore_args=here))
 
 
 def same(a, b):

@@ -7,10 +7,9 @@ import subprocess
 import sys
 import threading
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from kills import arrays
 
 from mira_u_jax import replicates
 
@@ -98,12 +97,8 @@ def test_a_seed_of_several_equals_its_own_run(tmp_path, synthetic_data_dir):
     out = main(tmp_path / "both", "--seeds=2", flags="--xla_force_host_platform_device_count=2")
     assert "seed 0 on cpu 0" in out and "seed 1 on cpu 1" in out
 
-    def leaves(folder):
-        with ocp.CheckpointManager((folder / "checkpoints" / "train").resolve()) as manager:
-            tree = manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-
-    for a, b in zip(leaves(tmp_path / "alone"), leaves(tmp_path / "both" / "seed1"), strict=True):
+    (_, alone), (_, of_two) = (arrays(tmp_path / f / "checkpoints" / "train") for f in ("alone", "both/seed1"))
+    for a, b in zip(alone, of_two, strict=True):
         np.testing.assert_array_equal(a, b)
     results = [json.loads((tmp_path / f / "evaluation.json").read_text()) for f in ("alone", "both/seed1", "both/seed0")]
     assert results[0] == results[1] != results[2]
