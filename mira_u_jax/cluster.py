@@ -34,11 +34,12 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
         raise UserError(f"--coordinator={coordinator}: it must be HOST:PORT")
     if missing and not launched():
         return
-    patience = threading.Timer(timeout, alone, [timeout])  # JAX's own end is abort()
+    patience = threading.Timer(timeout, alone, [timeout])
     patience.daemon = True
     patience.start()
+    later = 4 * timeout + 60  # JAX ends every process by abort(); this is for when our own threads cannot
     jax.distributed.initialize(
-        coordinator, processes, process, initialization_timeout=2 * timeout + 60, heartbeat_timeout_seconds=timeout
+        coordinator, processes, process, initialization_timeout=later, heartbeat_timeout_seconds=later
     )
     patience.cancel()
     threading.Thread(target=watch, daemon=True).start()
@@ -129,8 +130,7 @@ def watch():
 def beat(timeout: int):
     """In a thread: say that this process lives; process 0 listens, and fails the run when one falls silent.
 
-    A little sooner than JAX, which would end every process by abort(). Silence is counted in beats, not in seconds, so that
-    a machine that slept is not taken for dead.
+    Silence is counted in beats, not in seconds, so that a machine that slept is not taken for dead.
     """
     silent, heard = dict.fromkeys(range(jax.process_count()), 0), {}
     for count in itertools.count():
@@ -145,6 +145,6 @@ def beat(timeout: int):
                     key = f"{ALIVE}/{process}"
                     silent[process] = 0 if now.get(key) != heard.get(key) else silent[process] + 1
                 heard = now
-                lost = [process for process, beats in silent.items() if beats >= 7]
+                lost = [process for process, beats in silent.items() if beats >= 10]
                 if lost:
                     fail(f"1 process {lost[0]} of this run is gone")

@@ -201,7 +201,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "tests/calibration_test.py -k most_uncertain"),
     ("masks of the mean of the passes", "evaluate.py", "predicted = logits > 0", "predicted = mean > 0",
      "tests/evaluate_test.py -k masks_resolution"),
-    ("flips are not flipped back", "inference.py", "jnp.flip(part, axis)", "part", "tests/evaluate_test.py -k four_views"),
+    ("flips are not flipped back", "trained.py", "jnp.flip(part, axis)", "part", "tests/evaluate_test.py -k four_views"),
     ("a normal interval for few pairs", "runs.py", "student_t.ppf(0.975, n - 1)", "1.96", "tests/runs_test.py -k students"),
     ("better before there are five pairs", "runs.py", "found.count < ENOUGH:", "found.count < 2:",
      "tests/runs_test.py -k words"),
