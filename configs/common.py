@@ -56,6 +56,8 @@ def tree() -> ml_collections.ConfigDict:
         steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
         log_every=50, save_every="5%", figures_every="20%",
         keep=2,  # checkpoints: an older one for the day when the newest is damaged
+        # bfloat16: products and activations; parameters, sums of norms and softmax, logits, losses, EMA stay float32
+        precision="float32",
     )
     c.mesh = dict(
         cpu_devices="auto",  # of one process on a CPU: a core each, as far as they divide the batches; or a number

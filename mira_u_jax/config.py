@@ -14,6 +14,9 @@ FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
 # Keys, and branches of keys, that change no result: where data and parameters lie, what is kept.
 TRANSPORT = ("data_dir", "data", "mesh", "train.keep")
 
+# Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
+LATER = {"train.precision": "float32"}
+
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
 RULES = {
@@ -58,6 +61,7 @@ RULES = {
     "mim.grey": ("True or False", lambda v: isinstance(v, bool)),
     "mim.ratio": ("a number in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
     "mim.batch": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "train.precision": ("float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
     "train.batch": ("an even integer >= 2", lambda v: is_int(v) and v >= 2 and v % 2 == 0),
     "optim.schedule": ("cosine or plateau", lambda v: v in ("cosine", "plateau")),
     "optim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
@@ -219,8 +223,8 @@ def fingerprint(config) -> str:
 
 
 def decides(config) -> dict:
-    """The leaves that decide a run's result. `files` only where it names a folder: older runs go on without it."""
-    leaves = {k: v for k, v in flat(config).items() if not is_transport(k)}
+    """The leaves that decide a run's result. `files` only where it names a folder: older runs go on without it, and LATER."""
+    leaves = {k: v for k, v in flat(config).items() if not is_transport(k) and not (k in LATER and v == LATER[k])}
     own = any(leaves.get(f"files.{name}") for name in FOLDERS)
     return {k: v for k, v in leaves.items() if own or not k.startswith("files.")}
 

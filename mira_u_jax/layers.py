@@ -31,10 +31,11 @@ class GroupNorm(nnx.Module):
             grouped = rearrange(y, "b (g c) -> b g c", g=self.groups)
             return rearrange(jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape), "b g c -> b (g c)")
 
-        mean = group_mean(x.mean((1, 2)))
-        variance = jnp.maximum(group_mean(jnp.square(x).mean((1, 2))) - jnp.square(mean), 0.0)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # the difference of two means is no work for bfloat16
+        mean = group_mean(wide.mean((1, 2)))
+        variance = jnp.maximum(group_mean(jnp.square(wide).mean((1, 2))) - jnp.square(mean), 0.0)
         gain = jax.lax.rsqrt(variance + self.epsilon) * self.scale[None]
-        return x * gain[:, None, None] + (self.bias[None] - mean * gain)[:, None, None]
+        return (wide * gain[:, None, None] + (self.bias[None] - mean * gain)[:, None, None]).astype(x.dtype)
 
 
 class ConvTranspose(nnx.Module):

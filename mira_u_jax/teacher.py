@@ -24,7 +24,7 @@ class Encoder(nnx.Module):
     def embed(self, image):  # b h w 3 in [0, 1] -> b n c
         tokens = self.embedding(to_patches(2 * image - 1, self.patch))
         h, w = image.shape[1] // self.patch, image.shape[2] // self.patch
-        return tokens + sincos_positions(h, w, self.channels)[None]
+        return tokens + sincos_positions(h, w, self.channels)[None].astype(tokens.dtype)
 
     def __call__(self, tokens, *, rngs=None):  # b n c -> b n c
         for block in self.blocks:
@@ -96,7 +96,8 @@ class MaskedAutoencoder(nnx.Module):
         )
         place = jnp.argsort(order, axis=1)  # where each patch stands in (visible, hidden)
         x = jnp.take_along_axis(jnp.concatenate([seen, filler], 1), place[..., None], 1)
-        x = x + sincos_positions(image.shape[1] // self.patch, image.shape[2] // self.patch, self.channels)[None]
+        positions = sincos_positions(image.shape[1] // self.patch, image.shape[2] // self.patch, self.channels)
+        x = x + positions[None].astype(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.out(self.norm(x)).astype(jnp.float32), hidden

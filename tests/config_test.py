@@ -64,7 +64,7 @@ def test_a_wrong_key_or_value_is_named_in_one_line(arg, named):
         ("loss.norm", "mean"), ("loss.beta", -1.0), ("optim.schedule", "step"), ("ema.alpha", 1.0),
         ("student.stages", ("conv",)), ("student.skips", ("gate",) * 5), ("train.steps", "soon"), ("mim.steps", -1),
         ("student.dropout", 1.0), ("teacher.dropout", False), ("dataset", "isic2017"),
-        ("train.steps", "5%"),
+        ("train.steps", "5%"), ("train.precision", "float16"), ("train.precision", 16),
     ],
 )
 def test_check_names_the_wrong_leaf(dotted, value):
