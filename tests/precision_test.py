@@ -60,7 +60,7 @@ def test_masked_image_modelling_is_nearly_that_of_float32(tiny_config, pretrain_
     nets, image = both(tiny_config, name, "pretrain"), tiny_data["image"][:4].astype(np.float32) / 255
     loss = lambda network, params: steps.mim(network, params, image, KEY, tiny_config())  # noqa: E731
     losses, grads = compare(loss, nets, pretrain_params[name])
-    assert float(losses["bfloat16"]) == pytest.approx(float(losses["float32"]), rel=5e-3)
+    assert float(losses["bfloat16"]) == pytest.approx(float(losses["float32"]), rel=2e-2)
     assert cosine(*map(flat, grads.values())) > 0.99
 
 
@@ -88,11 +88,15 @@ def test_every_product_is_bfloat16_and_every_sum_float32(tiny_config, networks, 
     params = (networks[1] if stage == "train" else pretrain_params)[name]
     network = both(tiny_config, name, stage)["bfloat16"]
     more = () if stage == "train" else (KEY,)
-    jaxpr = jax.make_jaxpr(lambda p, x: network(p, x, *more, key=KEY))(params, jnp.zeros((2, 32, 32, 3))).jaxpr
-    assert "bfloat16" in types_of(jaxpr, "dot_general")
+    result = lambda params, x: network(params, x, *more, key=KEY)  # noqa: E731
+    image = jnp.zeros((2, 32, 32, 3))
+    jaxpr = jax.make_jaxpr(result)(params, image).jaxpr
     products = [eqn for eqn in operations(jaxpr) if eqn.primitive.name in ("dot_general", "conv_general_dilated")]
     assert {str(v.aval.dtype) for eqn in products for v in eqn.invars} == {"bfloat16"}
     assert types_of(jaxpr, "reduce_sum", "exp", "rsqrt") == {"float32"}
+    # The gradient of a bias sums over all pixels of a batch, that of a bias table over all windows.
+    backward = jax.make_jaxpr(jax.grad(lambda params: jax.tree.leaves(result(params, image))[0].sum()))(params).jaxpr
+    assert types_of(backward, "reduce_sum", "scatter-add") == {"float32"}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
