@@ -11,8 +11,8 @@ from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
 FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
-# Keys, and branches of keys, that change no result: where data and parameters lie, what is kept.
-TRANSPORT = ("data_dir", "data", "mesh", "train.keep")
+# Keys, and branches of keys, that change no result: where data and parameters lie, what is kept, what is computed at once.
+TRANSPORT = ("data_dir", "data", "mesh", "train.keep", "teacher.chunk")
 
 # Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
 LATER = {"train.precision": "float32"}
@@ -42,6 +42,7 @@ RULES = {
     "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
     "teacher.passes": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "teacher.chunk": ("0 (all passes at once) or an integer >= 1", lambda v: is_int(v) and v >= 0),
     "pseudo.kappa": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_u": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_p": ("a number in [0.5, 1)", lambda v: is_number(v) and 0.5 <= v < 1),

@@ -76,8 +76,9 @@ def operations(jaxpr):
 
 
 def types_of(jaxpr, *names):
-    """Types of the numbers that the operations of these names read."""
+    """Types of the numbers that the operations of these names read; a sum of one number is none."""
     found = [eqn for eqn in operations(jaxpr) if eqn.primitive.name in names]
+    found = [eqn for eqn in found if eqn.primitive.name != "reduce_sum" or eqn.invars[0].aval.size > eqn.outvars[0].aval.size]
     assert found
     return {str(v.aval.dtype) for eqn in found for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
 
@@ -96,7 +97,8 @@ def test_every_product_is_bfloat16_and_every_sum_float32(tiny_config, networks, 
     assert types_of(jaxpr, "reduce_sum", "exp", "rsqrt") == {"float32"}
     # The gradient of a bias sums over all pixels of a batch, that of a bias table over all windows.
     backward = jax.make_jaxpr(jax.grad(lambda params: jax.tree.leaves(result(params, image))[0].sum()))(params).jaxpr
-    assert types_of(backward, "reduce_sum", "scatter-add") == {"float32"}
+    tables = ("scatter-add",) if name == "student" else ()  # in the ViT it moves tokens and sums nothing
+    assert types_of(backward, "reduce_sum", *tables) == {"float32"}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
