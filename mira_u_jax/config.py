@@ -224,7 +224,7 @@ def fingerprint(config) -> str:
 
 
 def decides(config) -> dict:
-    """The leaves that decide a run's result. `files` only where it names a folder: older runs go on without it, and LATER."""
+    """The leaves that decide a run's result; without what older runs lack: LATER, and `files` where it names no folder."""
     leaves = {k: v for k, v in flat(config).items() if not is_transport(k) and not (k in LATER and v == LATER[k])}
     own = any(leaves.get(f"files.{name}") for name in FOLDERS)
     return {k: v for k, v in leaves.items() if own or not k.startswith("files.")}

@@ -18,7 +18,7 @@ def wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def spread(parameter, like):
+def fill(parameter, like):
     """A parameter (c,) broadcast to `like` (..., c) and in its type. Its gradient, a sum over all pixels, is float32."""
     return jnp.broadcast_to(wide(parameter), like.shape).astype(like.dtype)
 
@@ -48,14 +48,14 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Conv):
-    """nnx.Conv over (h, w) with half a kernel of zeros around the map, at any stride; the bias by `spread`."""
+    """nnx.Conv over (h, w) with half a kernel of zeros around the map, at any stride; the bias by `fill`."""
 
     def __call__(self, x):  # b h w c -> b h w d, over the stride
         border = [(size // 2, size // 2) for size in self.kernel_size]
         y = jax.lax.conv_general_dilated(
             x, self.kernel[...], (self.strides, self.strides), border, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y if self.bias is None else y + spread(self.bias[...], y)
+        return y if self.bias is None else y + fill(self.bias[...], y)
 
 
 class ConvTranspose(nnx.Module):
@@ -87,7 +87,7 @@ class ConvTranspose(nnx.Module):
             x, taps.astype(x.dtype), (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         y = rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
-        return y + spread(self.bias[...], y)
+        return y + fill(self.bias[...], y)
 
 
 class ConvBlock(nnx.Module):
@@ -114,7 +114,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x):  # ... c -> ... d
         y = product(x, self.kernel[...])
-        return y + spread(self.bias[...], y)
+        return y + fill(self.bias[...], y)
 
 
 @jax.custom_vjp

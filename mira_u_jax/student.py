@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from mira_u_jax.layers import Conv, ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, Linear, SwinPair, spread
+from mira_u_jax.layers import Conv, ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, Linear, SwinPair, fill
 from mira_u_jax.teacher import hidden_patches
 
 
@@ -113,6 +113,6 @@ class MaskedReconstruction(nnx.Module):
         rows, cols = image.shape[1] // self.patch, image.shape[2] // self.patch
         hidden = hidden_patches(key, image.shape[0], rows * cols, self.ratio)  # b n
         where = repeat(hidden, "b (i j) -> b (i p) (j q) 1", i=rows, p=self.patch, q=self.patch)
-        painted = jnp.where(where > 0, spread(self.hidden_colour[...], image), image)
+        painted = jnp.where(where > 0, fill(self.hidden_colour[...], image), image)
         cells = self.encoder(painted, rngs=rngs)[-1]
         return self.out(rearrange(cells, "b i j c -> b (i j) c")).astype(jnp.float32), hidden

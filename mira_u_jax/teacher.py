@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from mira_u_jax.layers import Conv, ConvBlock, GroupNorm, Linear, TransformerBlock, sincos_positions, spread
+from mira_u_jax.layers import Conv, ConvBlock, GroupNorm, Linear, TransformerBlock, fill, sincos_positions
 
 
 class Encoder(nnx.Module):
@@ -92,7 +92,7 @@ class MaskedAutoencoder(nnx.Module):
         visible = order[:, : tokens.shape[1] - hidden_count(tokens.shape[1], self.ratio)]
         seen = self.embedding(self.encoder(jnp.take_along_axis(tokens, visible[..., None], 1), rngs=rngs))
         blank = jnp.zeros((image.shape[0], tokens.shape[1] - visible.shape[1], self.channels), seen.dtype)
-        filler = spread(self.hidden_token[...], blank)
+        filler = fill(self.hidden_token[...], blank)
         place = jnp.argsort(order, axis=1)  # where each patch stands in (visible, hidden)
         x = jnp.take_along_axis(jnp.concatenate([seen, filler], 1), place[..., None], 1)
         positions = sincos_positions(image.shape[1] // self.patch, image.shape[2] // self.patch, self.channels)

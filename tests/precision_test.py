@@ -77,8 +77,8 @@ def operations(jaxpr):
 
 def types_of(jaxpr, *names):
     """Types of the numbers that the operations of these names read; a sum of one number is none."""
-    found = [eqn for eqn in operations(jaxpr) if eqn.primitive.name in names]
-    found = [eqn for eqn in found if eqn.primitive.name != "reduce_sum" or eqn.invars[0].aval.size > eqn.outvars[0].aval.size]
+    real = lambda eqn: eqn.primitive.name != "reduce_sum" or eqn.invars[0].aval.size > eqn.outvars[0].aval.size  # noqa: E731
+    found = [eqn for eqn in operations(jaxpr) if eqn.primitive.name in names and real(eqn)]
     assert found
     return {str(v.aval.dtype) for eqn in found for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
 
