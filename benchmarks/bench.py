@@ -88,7 +88,12 @@ def compare(table: Table, setting: dict, args):
             peer, note, memory["peer"] = start_peer(setting, ours("parameters"), args, remaining)
             with peer:
                 same_losses(table, ours, peer)
-                take_turns(table, ours, peer, args, note, min(args.seconds, max(remaining() - 120, 20)))
+                forms = {
+                    "ours": lambda k: ours("run", k), "pytorch": lambda k: peer("run", k),
+                    "pytorch_loop": lambda k: peer("run", k, "loop"),
+                }
+                notes = {"pytorch": note, "pytorch_loop": "eager"}
+                take_turns(table, forms, 2 * args.batch, min(args.seconds, max(remaining() - 120, 20)), notes)
                 table.add(
                     "peak_memory", f"ours {memory['ours'] / 2**20:.0f} MB, PyTorch {memory['peer'] / 2**20:.0f} MB",
                     "of a process that has made its first steps, framework and data included", **memory,
@@ -155,34 +160,37 @@ def same_losses(table: Table, ours, peer):
     )
 
 
-def take_turns(table: Table, ours, peer, args, note: str, seconds: float):
-    """A B L A B L ...: our step, the peer's, the peer's with one pass at a time; adds the rows of the comparison."""
-    forms = {
-        "ours": lambda k: ours("run", k), "pytorch": lambda k: peer("run", k), "loop": lambda k: peer("run", k, "loop")
-    }
+def take_turns(table: Table, forms: dict, images: int, seconds: float, notes: dict) -> dict:
+    """A B C A B C ...: forms is {"ours": run(steps) -> seconds, ...}; adds the rows of the comparison, returns all times.
+
+    images: of a step; notes: {form: what its row says of it}.
+    """
     once = [run(1) for run in forms.values()]
     count = max(1, min(math.ceil(1 / min(once)), int(3 / max(once))))  # the shortest turn no blink, the longest no sleep
     times, end = {name: [] for name in forms}, time.monotonic() + seconds
     while len(times["ours"]) < 3 or time.monotonic() < end:
         for name, run in forms.items():
             times[name].append(run(count) / count)
-    titles = {"ours": "step_ours", "pytorch": "step_pytorch", "loop": "step_pytorch_loop"}
-    for name, title in titles.items():
-        each = times[name]
+    for name, each in times.items():
         median = statistics.median(each)
         table.add(
-            title, f"{median:.3f} s, {2 * args.batch / median:.2f} images/s",
+            f"step_{name}", f"{median:.3f} s, {images / median:.2f} images/s",
             f"median of {len(each)} turns of {count} step{'s' * (count > 1)}, {min(each):.3f} to {max(each):.3f} s"
-            + {"ours": "", "pytorch": f"; {note}", "loop": "; eager"}[name],
-            seconds=median, images_per_s=2 * args.batch / median, all=each,
+            + (f"; {notes[name]}" if name in notes else ""), seconds=median, images_per_s=images / median, all=each,
         )
-    for name, title in (("pytorch", "vs_pytorch"), ("loop", "vs_pytorch_loop")):
-        ratio, low, high = paired_ratio(times[name], times["ours"])
-        table.add(
-            title, f"{ratio:.2f} ({low:.2f} to {high:.2f})",
-            "images/s ours / PyTorch: median over pairs of neighbouring turns, 95% bootstrap interval of that median",
-            ratio=ratio, low=low, high=high, pairs=len(times[name]), peer=note,
-        )
+    for name in [name for name in forms if name != "ours"]:
+        versus(table, f"vs_{name}", times[name], times["ours"], notes.get(name, ""))
+    return times
+
+
+def versus(table: Table, title: str, theirs, ours, note: str):
+    """The row of a ratio."""
+    ratio, low, high = paired_ratio(theirs, ours)
+    table.add(
+        title, f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+        "images/s ours / PyTorch: median over pairs of neighbouring turns, 95% bootstrap interval of that median",
+        ratio=ratio, low=low, high=high, pairs=len(theirs), peer=note,
+    )
 
 
 def paired_ratio(theirs, ours) -> tuple[float, float, float]:

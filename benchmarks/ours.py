@@ -46,12 +46,16 @@ class Ours:
 
     # --- the whole step -----------------------------------------------------------------------------------------------
 
+    def step(self, state, data, index, key):
+        return steps.train_step(
+            state, data, index, key, networks=self.networks, tx=self.tx, config=self.config, steps=STEPS, epoch=EPOCH
+        )
+
     def compile(self) -> dict:
         """Compile the step and run it once: seconds and what XLA says of it, bytes and operations a step."""
-        parts = dict(networks=self.networks, tx=self.tx, config=self.config, steps=STEPS, epoch=EPOCH)
         start = time.perf_counter()
         whole = sharding.replicated(self.mesh)
-        lowered = jax.jit(functools.partial(steps.train_step, **parts), donate_argnums=0, out_shardings=whole).lower(
+        lowered = jax.jit(self.step, donate_argnums=0, out_shardings=whole).lower(
             self.state, self.resident, self.index(), self.key
         )
         traced = time.perf_counter()
@@ -87,6 +91,25 @@ class Ours:
 
     def peak_memory(self) -> int:
         return peak_memory()
+
+    def replicas(self, count: int, seconds: float) -> float:
+        """Seconds of a step of `count` train states in one program, mapped over states and keys, all on the same batch."""
+        made = jax.jit(jax.vmap(self.step, in_axes=(0, None, None, 0)), donate_argnums=0)
+        states = jax.tree.map(lambda x: jnp.stack([x] * count), self.state)
+        keys, index = jax.random.split(self.key, count), self.index()
+
+        def call():
+            nonlocal states
+            states, measured = jax.block_until_ready(made(states, self.resident, index, keys))
+            if not np.isfinite(measured["loss"]).all():
+                raise FloatingPointError("the loss of a replica is not finite")
+
+        return median_seconds(call, seconds=seconds)
+
+    def trace(self, folder: str, count: int = 3):
+        """A profile of `count` steps, for TensorBoard or xprof."""
+        with jax.profiler.trace(folder):
+            self.run(count)
 
     # --- the same losses ----------------------------------------------------------------------------------------------
 
@@ -194,9 +217,17 @@ class Ours:
 
     # --- the machine --------------------------------------------------------------------------------------------------
 
-    def peak(self, seconds: float, side: int = 2048, megabytes: int = 256) -> dict:
-        """What the machine can do: operations/s of a large float32 product, bytes/s read and written by a large copy."""
-        a = jax.random.normal(jax.random.key(0), (side, side))
+    def device(self) -> dict:
+        """What the steps run on; peak_bytes is None where a device does not say, as a CPU."""
+        first = jax.local_devices()[0]
+        return {
+            "platform": first.platform, "kind": first.device_kind, "devices": self.mesh.size,
+            "peak_bytes": (first.memory_stats() or {}).get("peak_bytes_in_use"),
+        }
+
+    def peak(self, seconds: float, side: int = 2048, megabytes: int = 256, dtype: str = "float32") -> dict:
+        """What one device can do: operations/s of a large product, bytes/s read and written by a large copy."""
+        a = jax.random.normal(jax.random.key(0), (side, side), dtype)
         product = jax.jit(lambda a: a @ a)
         copy = jax.jit(lambda x, out: x + 1, donate_argnums=1, keep_unused=True)  # into memory that is already there
         x, out = jnp.zeros(megabytes * 2**18), jnp.zeros(megabytes * 2**18)

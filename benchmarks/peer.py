@@ -24,10 +24,10 @@ class TorchSide:
         self.peer = Peer(config_of(setting), params, steps=steps, device=device)
         self.peer.at, self.call = begin, self.peer.eager
 
-    def run(self, count: int, passes: str = "batched") -> float:
+    def run(self, count: int, passes: str = "batched", eager: bool = False) -> float:
         """Seconds for `count` steps, input included; one pass at a time ("loop") is always eager, as published code is."""
         self.peer.passes, batch = passes, self.peer.config.train.batch
-        self.peer.call = self.peer.eager if passes == "loop" else self.call
+        self.peer.call = self.peer.eager if eager or passes == "loop" else self.call
         start = time.perf_counter()
         for _ in range(count):
             index = {

@@ -122,7 +122,7 @@ class Peer:
         a, x = a * notcut, last(torch.cat([x, x_s]))
         found, total = {}, 0.0
         for name in LEARNERS:
-            z, z_s = self.call[name, "theta"](x).split([len(y), len(x_s)])
+            z, z_s = self.logits(name, "theta", x).split([len(y), len(x_s)])
             sup = supervised_loss(z, y, cfg)
             unsup = unsupervised_loss(z_s, mu, p_w, a, cfg.lambda_u, cfg.lambda_c if name == "student" else 0.0)
             total = total + sup + beta * unsup
@@ -142,16 +142,20 @@ class Peer:
         mu, sigma = p.mean(0), p.std(0)
         a = torch.exp(-sigma / self.config.pseudo.kappa) * (sigma < self.config.pseudo.tau_u)
         self.theta["student"].eval()
-        p_w = torch.sigmoid(self.call["student", "theta"](x_w))
+        p_w = torch.sigmoid(self.logits("student", "theta", x_w))
         self.theta["student"].train()
         return mu, a, p_w
 
     def teacher_passes(self, name: str, image, m: int):
         """m stochastic probabilities of phi's network, (m, b, h, w); dropout differs along the batch, so one call does."""
-        network = self.call[name, "phi"]
         if self.passes == "loop":
-            return torch.stack([torch.sigmoid(network(image)) for _ in range(m)])
-        return torch.sigmoid(network(last(image.repeat(m, 1, 1, 1)))).unflatten(0, (m, -1))
+            return torch.stack([torch.sigmoid(self.logits(name, "phi", image)) for _ in range(m)])
+        return torch.sigmoid(self.logits(name, "phi", last(image.repeat(m, 1, 1, 1)))).unflatten(0, (m, -1))
+
+    def logits(self, name: str, weights: str, image):
+        """A network's logits, float32; train.precision=bfloat16 is PyTorch's autocast around the network."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16"):
+            return self.call[name, weights](image).float()
 
     def update(self, loss) -> dict:
         """Backward pass, a clip of each network's norm, AdamW on theta, Eq. (6) on phi. Returns the norms."""

@@ -56,6 +56,8 @@ def tree() -> ml_collections.ConfigDict:
         steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
         log_every=50, save_every="5%", figures_every="20%",
         keep=2,  # checkpoints: an older one for the day when the newest is damaged
+        # bfloat16: products and activations; parameters, sums of norms and softmax, logits, losses, EMA stay float32
+        precision="float32",
     )
     c.mesh = dict(
         cpu_devices="auto",  # of one process on a CPU: a core each, as far as they divide the batches; or a number
@@ -67,7 +69,10 @@ def tree() -> ml_collections.ConfigDict:
         plateau=dict(every="1 epoch", factor=0.5, patience=10, cooldown=0, min_scale=0.01, holdout=0.2),
     )
     c.ema = dict(alpha=0.999, every=1)  # `every`: steps, or "1 epoch"
-    c.teacher = dict(source="both", weights="ema", passes=8, dropout=True)
+    c.teacher = dict(
+        source="both", weights="ema", passes=8, dropout=True,
+        chunk=0,  # passes of a network at a time: fewer need less memory and more time; 0 is all at once
+    )
     c.pseudo = dict(label="mu", weight="confidence", filter="sigma", kappa=0.1, tau_u=0.15, tau_p=0.95)
     c.loss = dict(
         lambda_dice=0.5, lambda_bce=0.5, lambda_u=1.0, lambda_c=0.1, distance="cross_entropy", norm="weights",

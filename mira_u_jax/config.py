@@ -11,8 +11,11 @@ from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
 FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
-# Keys, and branches of keys, that change no result: where data and parameters lie, what is kept.
-TRANSPORT = ("data_dir", "data", "mesh", "train.keep")
+# Keys, and branches of keys, that change no result: where data and parameters lie, what is kept, what is computed at once.
+TRANSPORT = ("data_dir", "data", "mesh", "train.keep", "teacher.chunk")
+
+# Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
+LATER = {"train.precision": "float32"}
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
@@ -39,6 +42,7 @@ RULES = {
     "teacher.source": ("both, vit, ema or cross", lambda v: v in ("both", "vit", "ema", "cross")),
     "teacher.weights": ("ema or online", lambda v: v in ("ema", "online")),
     "teacher.passes": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "teacher.chunk": ("0 (all passes at once) or an integer >= 1", lambda v: is_int(v) and v >= 0),
     "pseudo.kappa": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_u": ("a number > 0", lambda v: is_number(v) and v > 0),
     "pseudo.tau_p": ("a number in [0.5, 1)", lambda v: is_number(v) and 0.5 <= v < 1),
@@ -58,6 +62,7 @@ RULES = {
     "mim.grey": ("True or False", lambda v: isinstance(v, bool)),
     "mim.ratio": ("a number in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
     "mim.batch": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "train.precision": ("float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
     "train.batch": ("an even integer >= 2", lambda v: is_int(v) and v >= 2 and v % 2 == 0),
     "optim.schedule": ("cosine or plateau", lambda v: v in ("cosine", "plateau")),
     "optim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
@@ -219,8 +224,8 @@ def fingerprint(config) -> str:
 
 
 def decides(config) -> dict:
-    """The leaves that decide a run's result. `files` only where it names a folder: older runs go on without it."""
-    leaves = {k: v for k, v in flat(config).items() if not is_transport(k)}
+    """The leaves that decide a run's result; without what older runs lack: LATER, and `files` where it names no folder."""
+    leaves = {k: v for k, v in flat(config).items() if not is_transport(k) and not (k in LATER and v == LATER[k])}
     own = any(leaves.get(f"files.{name}") for name in FOLDERS)
     return {k: v for k, v in leaves.items() if own or not k.startswith("files.")}
 

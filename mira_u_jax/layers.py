@@ -13,6 +13,16 @@ from flax import nnx
 MASKED = -1e9  # added to the attention logits of a pair that must not meet; finite, so a fully masked row stays finite
 
 
+def wide(x):
+    """x in float32 at least, for sums: bfloat16 holds no count above 256."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def fill(parameter, like):
+    """A parameter (c,) broadcast to `like` (..., c) and in its type. Its gradient, a sum over all pixels, is float32."""
+    return jnp.broadcast_to(wide(parameter), like.shape).astype(like.dtype)
+
+
 class GroupNorm(nnx.Module):
     """Group normalisation over (h, w, channels of a group); per-channel scale and shift. Section 3.2.
 
@@ -31,10 +41,21 @@ class GroupNorm(nnx.Module):
             grouped = rearrange(y, "b (g c) -> b g c", g=self.groups)
             return rearrange(jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape), "b g c -> b (g c)")
 
-        mean = group_mean(x.mean((1, 2)))
-        variance = jnp.maximum(group_mean(jnp.square(x).mean((1, 2))) - jnp.square(mean), 0.0)
+        mean = group_mean(wide(x).mean((1, 2)))
+        variance = jnp.maximum(group_mean(jnp.square(wide(x)).mean((1, 2))) - jnp.square(mean), 0.0)
         gain = jax.lax.rsqrt(variance + self.epsilon) * self.scale[None]
-        return x * gain[:, None, None] + (self.bias[None] - mean * gain)[:, None, None]
+        return (wide(x) * gain[:, None, None] + (self.bias[None] - mean * gain)[:, None, None]).astype(x.dtype)
+
+
+class Conv(nnx.Conv):
+    """nnx.Conv over (h, w) with half a kernel of zeros around the map, at any stride; the bias by `fill`."""
+
+    def __call__(self, x):  # b h w c -> b h w d, over the stride
+        border = [(size // 2, size // 2) for size in self.kernel_size]
+        y = jax.lax.conv_general_dilated(
+            x, self.kernel[...], (self.strides, self.strides), border, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y if self.bias is None else y + fill(self.bias[...], y)
 
 
 class ConvTranspose(nnx.Module):
@@ -65,16 +86,17 @@ class ConvTranspose(nnx.Module):
         y = jax.lax.conv_general_dilated(
             x, taps.astype(x.dtype), (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2) + self.bias[None, None, None]
+        y = rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
+        return y + fill(self.bias[...], y)
 
 
 class ConvBlock(nnx.Module):
     """Residual texture block: 3x3 conv, GroupNorm, GELU, 3x3 conv, GroupNorm, + input, GELU. Section 3.2."""
 
     def __init__(self, channels: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.conv1 = Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
         self.norm1 = GroupNorm(channels)
-        self.conv2 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.conv2 = Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
         self.norm2 = GroupNorm(channels)
         self.dropout = Dropout(dropout)
 
@@ -91,7 +113,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(c_out))
 
     def __call__(self, x):  # ... c -> ... d
-        return product(x, self.kernel[...]) + jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
+        y = product(x, self.kernel[...])
+        return y + fill(self.bias[...], y)
 
 
 @jax.custom_vjp
@@ -195,7 +218,7 @@ class WindowAttention(nnx.Module):
             return rearrange(y, "b (i wh) (j ww) c -> (b i j) (wh ww) c", wh=wh, ww=ww)
 
         index = relative_index(wh, ww, self.window)
-        bias = rearrange(self.relative_bias[...][index], "n m k -> 1 k n m")
+        bias = rearrange(wide(self.relative_bias[...])[index], "n m k -> 1 k n m")
         mask = window_mask(h, w, wh, ww, shift)  # windows n m, or None where every pair may meet
         if mask is not None:
             mask = jnp.where(jnp.asarray(mask), 0.0, MASKED)[:, None]  # windows 1 n m
@@ -250,7 +273,7 @@ class GateSkip(nnx.Module):
     """Skip connection at fine strides, where attention would be too large: decoder + sigmoid(1x1 of both) * encoder."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.gate = nnx.Conv(2 * channels, channels, (1, 1), rngs=rngs)
+        self.gate = Conv(2 * channels, channels, (1, 1), rngs=rngs)
 
     def __call__(self, decoder, encoder):  # b h w c, b h w c -> b h w c
         return decoder + nnx.sigmoid(self.gate(jnp.concatenate([decoder, encoder], -1))) * encoder

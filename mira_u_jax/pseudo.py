@@ -34,16 +34,20 @@ def passes_for(learner: str, source: str, passes: int) -> dict[str, int]:
     }[source]
 
 
-def teacher_passes(network, params, image, key, passes: int):
+def teacher_passes(network, params, image, key, passes: int, chunk: int = 0):
     """`passes` stochastic probabilities of each image, (m, b, h, w); m counts every output of every pass. Section 3.1.3.
 
     vmap over examples outside and over keys inside, key = fold_in(key, global example, pass): the masks do not depend on
     the number of devices, nothing is gathered, and what lies before the first dropout is computed once per example.
+
+    chunk: so many passes at a time, one group after the other, in the memory of one group; 0 is all at once. The same
+    passes, but what lies before the first dropout is computed once per group.
     """
 
     def one(key, image):
+        step = lambda k: jax.nn.sigmoid(network.outputs(params, image[None], key=k)[:, 0])  # noqa: E731
         keys = per_example(key, passes)
-        return jax.vmap(lambda k: jax.nn.sigmoid(network.outputs(params, image[None], key=k)[:, 0]))(keys)
+        return jax.lax.map(step, keys, batch_size=chunk) if 0 < chunk < passes else jax.vmap(step)(keys)
 
     p = jax.vmap(one, out_axes=2)(per_example(key, image.shape[0]), image)
     return rearrange(p, "m k b h w -> (m k) b h w")
@@ -61,7 +65,8 @@ def pseudo_labels(state, image, key, *, networks, config, share) -> dict[str, Ps
     @functools.cache  # two learners that hear the same passes share them
     def label(source: tuple[tuple[str, int], ...]) -> PseudoLabel:
         if cfg.dropout:
-            p = [teacher_passes(networks[n], weights[n], image, named(key, n), m) for n, m in source]
+            chunk = cfg.get("chunk", 0)  # runs that are older than the key
+            p = [teacher_passes(networks[n], weights[n], image, named(key, n), m, chunk) for n, m in source]
         else:
             p = [jax.nn.sigmoid(networks[n].outputs(weights[n], image)) for n, _ in source]
         mu, sigma = equations.mean_and_deviation(jnp.concatenate(p))

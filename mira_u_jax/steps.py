@@ -47,15 +47,27 @@ class Network:
     """network(params, *inputs, key=None): the module as a pure function; a key turns dropout on.
 
     network.outputs(...): the same for the method that gives all logits, (k, b, h, w), the first of which predict.
+
+    precision: of products and of what a layer hands to the next. With "bfloat16" parameters and inputs are rounded here, so
+    inside what is differentiated: gradients come back float32. Layers keep the sums of norms and softmax in float32, and
+    a module's results are float32 always.
     """
 
     graphdef: nnx.GraphDef
+    precision: str = "float32"
 
     def __call__(self, params, *inputs, key=None):
+        params, inputs = self.rounded((params, inputs))
         return nnx.merge(self.graphdef, params)(*inputs, rngs=dropout_of(key))
 
     def outputs(self, params, *inputs, key=None, **options):
+        params, inputs = self.rounded((params, inputs))
         return nnx.merge(self.graphdef, params).outputs(*inputs, rngs=dropout_of(key), **options)
+
+    def rounded(self, tree):
+        if self.precision == "float32":  # as it comes: tests run the networks in float64
+            return tree
+        return jax.tree.map(lambda x: jnp.asarray(x, self.precision) if x.dtype == jnp.float32 else x, tree)
 
 
 def dropout_of(key) -> nnx.Rngs | None:
@@ -95,7 +107,8 @@ def make_networks(names, stage: str, config) -> dict[str, Network]:
         module = nnx.eval_shape(lambda: make_module(name, stage, config, nnx.Rngs(params=0)))
         return nnx.split(module)[0]
 
-    return {name: Network(graphdef(name)) for name in names}
+    precision = config.train.get("precision", "float32")  # runs that are older than the key
+    return {name: Network(graphdef(name), precision) for name in names}
 
 
 def fresh_params(names, stage: str, config, key) -> dict:

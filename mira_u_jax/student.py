@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from mira_u_jax.layers import ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, Linear, SwinPair
+from mira_u_jax.layers import Conv, ConvBlock, ConvTranspose, CrossSkip, Dropout, GateSkip, GroupNorm, Linear, SwinPair, fill
 from mira_u_jax.teacher import hidden_patches
 
 
@@ -12,7 +12,7 @@ class Encoder(nnx.Module):
     """3x3 convolution, then one stage a stride (1, 2, 4, ...): `stages[i]` conv | swin at `widths[i]` channels."""
 
     def __init__(self, *, widths, stages, window, head_width, mlp_ratio, dropout, rngs: nnx.Rngs):
-        self.stem = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.stem = Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
         self.norm = GroupNorm(widths[0])
         self.stages = nnx.List()
         for kind, c in zip(stages, widths, strict=True):
@@ -22,7 +22,7 @@ class Encoder(nnx.Module):
                 stage = ConvBlock(c, rngs=rngs)
             self.stages.append(stage)
         self.down = nnx.List(
-            [nnx.Conv(a, b, (3, 3), strides=2, padding=1, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
+            [Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
         )
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> one b h' w' c a stage, fine to coarse
@@ -39,7 +39,7 @@ class AuxiliaryHead(nnx.Module):
     def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs):
         self.up = ConvTranspose(c_in, c_out, rngs=rngs)
         self.block = ConvBlock(c_out, rngs=rngs)
-        self.out = nnx.Conv(c_out, 1, (1, 1), rngs=rngs)
+        self.out = Conv(c_out, 1, (1, 1), rngs=rngs)
 
     def __call__(self, x):  # b h w c -> b 2h 2w 1
         return self.out(self.block(self.up(x)))
@@ -75,7 +75,7 @@ class Student(nnx.Module):
             else:
                 self.skip.append(GateSkip(c, rngs=rngs))
             self.decoder.append(ConvBlock(c, dropout=dropout if i >= len(skips) - 2 else 0.0, rngs=rngs))
-        self.out = nnx.Conv(widths[0], 1, (1, 1), rngs=rngs)
+        self.out = Conv(widths[0], 1, (1, 1), rngs=rngs)
         self.auxiliary = AuxiliaryHead(widths[1], widths[0], rngs=rngs) if outputs == 2 else None
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w
@@ -113,6 +113,6 @@ class MaskedReconstruction(nnx.Module):
         rows, cols = image.shape[1] // self.patch, image.shape[2] // self.patch
         hidden = hidden_patches(key, image.shape[0], rows * cols, self.ratio)  # b n
         where = repeat(hidden, "b (i j) -> b (i p) (j q) 1", i=rows, p=self.patch, q=self.patch)
-        painted = jnp.where(where > 0, self.hidden_colour[None, None, None], image)
+        painted = jnp.where(where > 0, fill(self.hidden_colour[...], image), image)
         cells = self.encoder(painted, rngs=rngs)[-1]
         return self.out(rearrange(cells, "b i j c -> b (i j) c")).astype(jnp.float32), hidden

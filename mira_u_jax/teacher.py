@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 
-from mira_u_jax.layers import ConvBlock, GroupNorm, Linear, TransformerBlock, sincos_positions
+from mira_u_jax.layers import Conv, ConvBlock, GroupNorm, Linear, TransformerBlock, fill, sincos_positions
 
 
 class Encoder(nnx.Module):
@@ -24,7 +24,7 @@ class Encoder(nnx.Module):
     def embed(self, image):  # b h w 3 in [0, 1] -> b n c
         tokens = self.embedding(to_patches(2 * image - 1, self.patch))
         h, w = image.shape[1] // self.patch, image.shape[2] // self.patch
-        return tokens + sincos_positions(h, w, self.channels)[None]
+        return tokens + sincos_positions(h, w, self.channels)[None].astype(tokens.dtype)
 
     def __call__(self, tokens, *, rngs=None):  # b n c -> b n c
         for block in self.blocks:
@@ -49,10 +49,10 @@ class Teacher(nnx.Module):
             patch=patch, channels=channels, depth=depth, heads=heads, hidden=hidden, dropout=dropout, rngs=rngs
         )
         self.unfold = Linear(channels, patch * patch * head_channels, rngs=rngs)
-        self.detail = nnx.Conv(3, head_channels, (3, 3), rngs=rngs)
+        self.detail = Conv(3, head_channels, (3, 3), rngs=rngs)
         self.norm = GroupNorm(head_channels)
         self.block = ConvBlock(head_channels, rngs=rngs)
-        self.out = nnx.Conv(head_channels, 1, (1, 1), rngs=rngs)
+        self.out = Conv(head_channels, 1, (1, 1), rngs=rngs)
         self.patch = patch
 
     def outputs(self, image, *, rngs=None):  # b h w 3 -> k b h w with k = 1, as the student's
@@ -91,12 +91,12 @@ class MaskedAutoencoder(nnx.Module):
         order = jnp.argsort(hidden, axis=1, stable=True)  # visible first
         visible = order[:, : tokens.shape[1] - hidden_count(tokens.shape[1], self.ratio)]
         seen = self.embedding(self.encoder(jnp.take_along_axis(tokens, visible[..., None], 1), rngs=rngs))
-        filler = repeat(
-            self.hidden_token[...], "c -> b n c", b=image.shape[0], n=tokens.shape[1] - visible.shape[1]
-        )
+        blank = jnp.zeros((image.shape[0], tokens.shape[1] - visible.shape[1], self.channels), seen.dtype)
+        filler = fill(self.hidden_token[...], blank)
         place = jnp.argsort(order, axis=1)  # where each patch stands in (visible, hidden)
         x = jnp.take_along_axis(jnp.concatenate([seen, filler], 1), place[..., None], 1)
-        x = x + sincos_positions(image.shape[1] // self.patch, image.shape[2] // self.patch, self.channels)[None]
+        positions = sincos_positions(image.shape[1] // self.patch, image.shape[2] // self.patch, self.channels)
+        x = x + positions[None].astype(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.out(self.norm(x)).astype(jnp.float32), hidden

@@ -1,6 +1,7 @@
 """Presets, methods and ablations build; what is wrong is said in one line; a workdir keeps its configuration."""
 
 import copy
+import json
 
 import pytest
 
@@ -64,7 +65,8 @@ def test_a_wrong_key_or_value_is_named_in_one_line(arg, named):
         ("loss.norm", "mean"), ("loss.beta", -1.0), ("optim.schedule", "step"), ("ema.alpha", 1.0),
         ("student.stages", ("conv",)), ("student.skips", ("gate",) * 5), ("train.steps", "soon"), ("mim.steps", -1),
         ("student.dropout", 1.0), ("teacher.dropout", False), ("dataset", "isic2017"),
-        ("train.steps", "5%"),
+        ("train.steps", "5%"), ("train.precision", "float16"), ("train.precision", 16),
+        ("teacher.chunk", -1), ("teacher.chunk", 2.0), ("teacher.chunk", True),
     ],
 )
 def test_check_names_the_wrong_leaf(dotted, value):
@@ -134,6 +136,17 @@ def test_a_workdir_refuses_another_configuration(tiny_config, tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_runs_that_are_older_than_a_key_go_on(tiny_config, tmp_path):
+    """With the value that changes nothing, and with no other; the number of passes at a time changes nothing ever."""
+    old = json.loads(tiny_config().to_json())
+    del old["train"]["precision"], old["teacher"]["chunk"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": old}))
+    configuration.save(tiny_config(**{"teacher.chunk": 2}), tmp_path, {})
+    assert configuration.fingerprint(configuration.load(tmp_path)) == configuration.fingerprint(tiny_config())
+    with pytest.raises(UserError, match="train.precision"):
+        configuration.save(tiny_config(**{"train.precision": "bfloat16"}), tmp_path, {})
+
+
 @pytest.mark.parametrize("text", [None, "not json", "{}"])
 def test_load_names_the_file_that_is_missing_or_broken(tmp_path, text):
     if text is not None:
@@ -151,5 +164,5 @@ def test_fingerprint_ignores_only_where_things_lie_and_how_many_are_kept():
         new = (not value) if isinstance(value, bool) else value + {str: "x", list: [1]}.get(type(value), 1)
         configuration.update(other, {dotted: new})
         idle = dotted in ("files.holdout", "files.skip")  # nothing to hold out from, or to skip, without a folder
-        transport = dotted.split(".")[0] in ("data_dir", "data", "mesh") or dotted == "train.keep"
+        transport = dotted.split(".")[0] in ("data_dir", "data", "mesh") or dotted in ("train.keep", "teacher.chunk")
         assert (configuration.fingerprint(other) == before) == (transport or idle), dotted

@@ -1,5 +1,6 @@
 """Pseudo-labels: who hears whom, what passes the filter, and the report on them, against loops over pixels in NumPy."""
 
+import functools
 import types
 
 import jax
@@ -59,6 +60,20 @@ def test_learners_that_hear_the_same_passes_share_one_label(tiny_config, noisy, 
     labels = noisy(tiny_config(arg))
     assert set(labels) == {"student", "vit"}
     assert (labels["student"] is labels["vit"]) == shared
+
+
+@pytest.mark.parametrize("name", pseudo.LEARNERS)
+def test_passes_in_groups_are_the_same_and_need_less_memory(networks, tiny_data, name):
+    """8 passes by 3: the last group is smaller."""
+    network, params = networks[0][name], networks[1][name]
+    image = tiny_data["image"][:2].astype(np.float32) / 255
+    passes = functools.partial(pseudo.teacher_passes, network, passes=8)
+    made = {k: jax.jit(functools.partial(passes, chunk=k)).lower(params, image, KEY).compile() for k in (0, 3)}
+    together, grouped = (np.asarray(program(params, image, KEY)) for program in made.values())
+    np.testing.assert_allclose(grouped, together, atol=1e-5)
+    assert together.std(0).mean() > 1e-4
+    together, grouped = (program.memory_analysis().temp_size_in_bytes for program in made.values())
+    assert grouped < 0.7 * together
 
 
 @pytest.mark.parametrize("arg", ["teacher=ema", "method=mean_teacher", "method=fixmatch", "method=udamt"])
