@@ -22,6 +22,8 @@ ENOUGH = 5  # pairs before a difference may be called one
 SAME = ("label_seed", "seed", "data_dir", "data")  # top-level keys in which the runs of a group may differ
 NAMED = ("name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold")  # what a title or a heading says
 
+RENAMED = {"student.heads": "student.outputs"}  # keys of older runs
+
 UNHEARD = {  # what a run without pseudo-labels does not read
     "teacher", "pseudo", "vit", "mim",
     *(f"loss.{k}" for k in ("gamma", "ramp", "wait", "norm", "distance", "feature", "lambda_u", "lambda_c")),
@@ -81,7 +83,10 @@ class Group:
 
     @functools.cached_property
     def changed(self) -> dict:
-        """Leaves in which the configuration is not what its preset, method and ablation mean today."""
+        """Leaves that decide a result and are not what preset, method and ablation mean today.
+
+        Of keys that are gone, those that were set.
+        """
         c = self.config
         try:
             meant = common.get_config(f"preset={c['preset']},method={c['method']},ablate={c['ablate']}")
@@ -90,8 +95,10 @@ class Group:
         meant, unheard = configuration.flat(meant), {*SAME, *NAMED}
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
+        differing = {k: v for k, v in leaves(c).items() if (v != meant[k] if k in meant else v)}
         return {
-            k: v for k, v in leaves(c).items() if k in meant and v != meant[k] and not {k, k.split(".")[0]} & unheard
+            k: v for k, v in differing.items()
+            if not {k, k.split(".")[0]} & unheard and not configuration.is_transport(k)
         }
 
     @property
@@ -129,7 +136,8 @@ def leaves(config: dict, prefix: str = "") -> dict:
     """{"a.b": value} of a configuration as JSON gives it."""
     found = {}
     for key, value in config.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        key = prefix + key
+        found |= leaves(value, f"{key}.") if isinstance(value, dict) else {RENAMED.get(key, key): value}
     return found
 
 

@@ -42,8 +42,19 @@ def test_a_key_from_later_and_one_that_nothing_reads_part_no_group(results):
     old = results("method=supervised,frac=0.1,label_seed=5,seed=5", 0.8)
     result = json.loads(old.read_text())
     del result["config"]["evaluation"], result["config"]["loss"]["feature"]
+    result["config"]["student"]["heads"] = result["config"]["student"].pop("outputs")  # its name of then
+    result["config"]["train"]["keep"] = 1
     old.write_text(json.dumps(result))
     assert titles(runs.grouped(runs.load([results.folder]))) == [("supervised", 0.1, [(3, 3), (4, 4), (5, 5)])]
+
+
+def test_a_key_that_is_gone_parts_a_group_where_it_was_set(results):
+    kept = results("frac=0.1,label_seed=3,seed=3", 0.9)
+    result = json.loads(kept.read_text())
+    for value in (False, True):
+        result["config"]["teacher"]["upside_down"] = value
+        (results.folder / f"{value}.json").write_text(json.dumps(result))
+    assert [t for t, *_ in titles(runs.grouped(runs.load([results.folder])))] == ["mira_u", "mira_u teacher.upside_down=True"]
 
 
 def test_a_run_found_twice_counts_once_and_what_is_no_run_is_left_out(results, tmp_path):
