@@ -54,7 +54,8 @@ def test_a_key_that_is_gone_parts_a_group_where_it_was_set(results):
     for value in (False, True):
         result["config"]["teacher"]["upside_down"] = value
         (results.folder / f"{value}.json").write_text(json.dumps(result))
-    assert [t for t, *_ in titles(runs.grouped(runs.load([results.folder])))] == ["mira_u", "mira_u teacher.upside_down=True"]
+    found = [title for title, *_ in titles(runs.grouped(runs.load([results.folder])))]
+    assert found == ["mira_u", "mira_u teacher.upside_down=True"]
 
 
 def test_a_run_found_twice_counts_once_and_what_is_no_run_is_left_out(results, tmp_path):
