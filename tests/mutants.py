@@ -101,7 +101,7 @@ MUTANTS = [Mutant(*fields) for fields in (
     ("keep unused in the step", "steps.py", "label.w * label.keep * view.notcut", "label.w * view.notcut", LOSSES),
     ("what CutOut erased is taught", "steps.py", "label.w * label.keep * view.notcut", "label.w * label.keep", LOSSES),
     ("p_w stays where CutMix moved the image", "steps.py", "View(image, notcut, p_w, labels))",
-     "View(image, notcut, p_w, labels)).replace(p_w=p_w)", LOSSES),
+     "View(image, notcut, p_w, labels)).replace(p_w=p_w)", f"{REF} -k gradients_are"),
     ("the labels stay where CutMix moved the image", "steps.py", "View(image, notcut, p_w, labels))",
      "View(image, notcut, p_w, labels)).replace(labels=labels)", LOSSES),
     ("p_w carries a gradient", "steps.py", 'part["unsup"] = unsupervised(z_s, strong, name, cfg)',
