@@ -112,15 +112,15 @@ def folder_set(config) -> TrainingSet:
     cfg = config.files
     found = sound(files.check(cfg.images, cfg.masks, threads=config.data.threads), config)
     held = {id for id in found.masks if files.held_out(id, cfg.holdout)}
-    ids = [id for id in found.images if id not in held]
+    ids = list(found.images)
+    picked = [i for i, id in enumerate(ids) if id not in held]
     rank = common.label_rank(found.masks.keys() - held, "folder")
     budget = int(len(rank) * config.frac + 0.5)
-    labelled = [i for i, id in enumerate(ids) if id in rank and rank[id][config.label_seed] < budget]
-    summary = f"{len(labelled)} labelled of {len(ids)} images, {len(held)} more held out by a hash of the name"
+    labelled = [place for place, i in enumerate(picked) if ids[i] in rank and rank[ids[i]][config.label_seed] < budget]
+    summary = f"{len(labelled)} labelled of {len(picked)} images, {len(held)} more held out by a hash of the name"
     if not labelled:
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or a smaller holdout")
-    picked = np.array([i for i, id in enumerate(found.images) if id not in held], np.int32)
-    rows = Rows(files.FileRows(found), picked, config.size)
+    rows = Rows(files.FileRows(found), np.array(picked, np.int32), config.size)
     summary = "\n  ".join([summary, *found.notes])
     return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary)
 

@@ -214,6 +214,7 @@ def test_colour_stays_in_range_and_zero_is_the_identity(op):
 def assert_box(mask, low, high, slack=0.07):
     """`mask` (h, w) bool is one filled rectangle that covers a share of the frame in [low, high], up to whole pixels."""
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    assert mask.any()
     assert mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].all()
     assert low - slack <= mask.mean() <= high + slack
 

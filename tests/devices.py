@@ -22,7 +22,7 @@ args = parser.parse_args()
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 jax.config.update("jax_num_cpu_devices", max(int(devices.rstrip("f")) for devices in args.devices.split(",")))
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", not args.x64)  # without them convolutions of float64 take minutes
 if args.x64:
     jax.config.update("jax_enable_x64", True)
     jnp.float32 = jnp.float64  # before anything takes it as a default
@@ -73,14 +73,14 @@ def named(prefix, tree):
 
 
 def main():
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:32, :32]
+    rng, side = np.random.default_rng(0), 32
+    y, x = np.mgrid[:side, :side]
     source = []
-    for centre in rng.uniform(10, 22, (40, 2)):
-        inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 50)[..., None]
-        skin = np.where(inside, [110, 70, 60], [220, 180, 160]) + rng.normal(0, 10, (32, 32, 3))
+    for centre in rng.uniform(0.3 * side, 0.7 * side, (40, 2)):
+        inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (0.22 * side) ** 2)[..., None]
+        skin = np.where(inside, [110, 70, 60], [220, 180, 160]) + rng.normal(0, 10, (side, side, 3))
         source.append({"image": skin.clip(0, 255).astype(np.uint8), "mask": inside.astype(np.uint8) * 255})
-    rows = data.Rows(source, np.arange(40, dtype=np.int32), 32)
+    rows = data.Rows(source, np.arange(40, dtype=np.int32), side)
     dataset = data.TrainingSet(rows, np.arange(0, 40, 4, dtype=np.int32), np.arange(40, dtype=np.int32), "drawn")
     found = {}
     for devices in args.devices.split(","):

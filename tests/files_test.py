@@ -75,6 +75,8 @@ def test_labelled_are_the_outlined_and_the_held_out_leave_both_parts(mine):
     assert [e.id for e in examples] == held and data.measurable(settings) and not data.measurable(config(mine, holdout=0))
     trained = {image.tobytes() for image in part.rows.take(part.unlabelled)["image"]}
     assert len(trained) == 12 - len(held) and not trained & {e.image.tobytes() for e in examples}
+    outlined = part.rows.take(part.unlabelled)["mask"].any((1, 2))
+    assert np.flatnonzero(outlined).tolist() == part.labelled.tolist()  # places, without the held-out ones
     for e in examples:
         np.testing.assert_array_equal(e.mask, lesion(NAMES.index(e.id))[1] > 0)
 
