@@ -100,18 +100,20 @@ def same(a, b):
 def check_kills(runs: Runs, kills: int, moments: random.Random, whole) -> list[str]:
     """SIGKILL `kills` times, each at a random moment; returns a line on each.
 
-    A moment is a step of those still to come and up to half a second more, or one of the first ten seconds of a start.
+    A moment is up to half a second after one of the next eight steps, or one of the first 15 seconds of a start. Six kills
+    are enough for one run.
     """
-    lines, name = [], ""
+    lines, name, here = [], "", 0
     while len(lines) < kills or not (runs.folder / name / "evaluation.json").exists():
         if not name or (runs.folder / name / "evaluation.json").exists():
-            name = f"killed{len(lines)}"
+            name, here = f"killed{len(lines)}", 0
         before, process = runs.saved(name), runs.start(name)
-        if len(lines) < kills:
-            rows = moments.randint(len(runs.rows(name)), PRETRAIN + TRAIN)
+        if len(lines) < kills and here < 6:
+            seen = len(runs.rows(name))
+            rows = moments.randint(seen, min(seen + 8, PRETRAIN + TRAIN))
             while process.poll() is None and len(runs.rows(name)) < rows:
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 10 if rows == len(runs.rows(name)) and moments.random() < 0.2 else 0.5))
+            time.sleep(moments.uniform(0, 0.5 if rows > seen else 15))
             process.send_signal(signal.SIGKILL)
         process.wait(timeout=900)
         assert process.returncode in (0, -signal.SIGKILL), runs.out(name).read_text()
@@ -123,6 +125,7 @@ def check_kills(runs: Runs, kills: int, moments: random.Random, whole) -> list[s
             torn = len(list((runs.folder / name / "checkpoints").glob("*/*tmp*")))
             lost = max(done - after.get("train", 0), 0)
             assert lost <= 2, f"{lost} steps lost"  # one that is being saved, one that waits for it
+            here += 1
             lines.append(f"kill {len(lines) + 1}: {name}, saved {after}, {lost} steps to do again, {torn} half saves left")
             print(lines[-1], flush=True)
         else:
