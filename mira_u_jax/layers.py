@@ -52,8 +52,10 @@ class Conv(nnx.Conv):
 
     def __call__(self, x):  # b h w c -> b h w d, over the stride
         border = [(size // 2, size // 2) for size in self.kernel_size]
+        kernel = self.kernel[...]
+        x, kernel = (a.astype(jnp.promote_types(x.dtype, kernel.dtype)) for a in (x, kernel))
         y = jax.lax.conv_general_dilated(
-            x, self.kernel[...], (self.strides, self.strides), border, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel, (self.strides, self.strides), border, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         return y if self.bias is None else y + fill(self.bias[...], y)
 
