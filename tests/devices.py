@@ -73,14 +73,14 @@ def named(prefix, tree):
 
 
 def main():
-    rng, side = np.random.default_rng(0), 32
-    y, x = np.mgrid[:side, :side]
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
     source = []
-    for centre in rng.uniform(0.3 * side, 0.7 * side, (40, 2)):
-        inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (0.22 * side) ** 2)[..., None]
-        skin = np.where(inside, [110, 70, 60], [220, 180, 160]) + rng.normal(0, 10, (side, side, 3))
+    for centre in rng.uniform(10, 22, (40, 2)):
+        inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 50)[..., None]
+        skin = np.where(inside, [110, 70, 60], [220, 180, 160]) + rng.normal(0, 10, (32, 32, 3))
         source.append({"image": skin.clip(0, 255).astype(np.uint8), "mask": inside.astype(np.uint8) * 255})
-    rows = data.Rows(source, np.arange(40, dtype=np.int32), side)
+    rows = data.Rows(source, np.arange(40, dtype=np.int32), 32)
     dataset = data.TrainingSet(rows, np.arange(0, 40, 4, dtype=np.int32), np.arange(40, dtype=np.int32), "drawn")
     found = {}
     for devices in args.devices.split(","):
