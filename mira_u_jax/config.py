@@ -15,7 +15,7 @@ FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
 TRANSPORT = ("data_dir", "data", "mesh", "train.keep", "teacher.chunk")
 
 # Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
-LATER = {"train.precision": "float32"}
+LATER = {"train.precision": "float32", "teacher.chunk": 0, "evaluation.passes": 8, "evaluation.flips": False}
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
@@ -241,13 +241,17 @@ def is_transport(dotted: str) -> bool:
 
 
 def load(workdir) -> ml_collections.FrozenConfigDict:
-    """The resolved configuration of a run; UserError when `workdir` holds none."""
+    """The resolved configuration of a run, an older one's with LATER filled in; UserError when `workdir` holds none."""
     path = pathlib.Path(workdir) / "config.json"
     try:
-        return ml_collections.FrozenConfigDict(json.loads(path.read_text())["config"])
+        tree = json.loads(path.read_text())["config"]
+        for dotted, value in LATER.items():
+            branch, _, key = dotted.partition(".")
+            tree.setdefault(branch, {}).setdefault(key, value)
+        return ml_collections.FrozenConfigDict(tree)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or of another shape
         raise UserError(f"{path} is not a configuration that main wrote: train again in another --workdir") from None
 
 
@@ -272,9 +276,12 @@ def save(config, workdir, facts: dict):
 
 def flat(config) -> dict:
     """{"a.b": leaf} of a configuration, in JSON's types."""
+    return leaves(json.loads(config.to_json()))
 
-    def walk(tree, prefix):
-        for k, v in tree.items():
-            yield from walk(v, f"{prefix}{k}.") if isinstance(v, dict) else [(prefix + k, v)]
 
-    return dict(walk(json.loads(config.to_json()), ""))
+def leaves(tree: dict, prefix: str = "") -> dict:
+    """{"a.b": leaf} of a tree of dictionaries."""
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -65,8 +65,7 @@ def pseudo_labels(state, image, key, *, networks, config, share) -> dict[str, Ps
     @functools.cache  # two learners that hear the same passes share them
     def label(source: tuple[tuple[str, int], ...]) -> PseudoLabel:
         if cfg.dropout:
-            chunk = cfg.get("chunk", 0)  # runs that are older than the key
-            p = [teacher_passes(networks[n], weights[n], image, named(key, n), m, chunk) for n, m in source]
+            p = [teacher_passes(networks[n], weights[n], image, named(key, n), m, cfg.chunk) for n, m in source]
         else:
             p = [jax.nn.sigmoid(networks[n].outputs(weights[n], image)) for n, _ in source]
         mu, sigma = equations.mean_and_deviation(jnp.concatenate(p))

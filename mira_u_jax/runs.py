@@ -95,7 +95,8 @@ class Group:
         meant, unheard = configuration.flat(meant), {*SAME, *NAMED}
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
-        differing = {k: v for k, v in leaves(c).items() if (v != meant[k] if k in meant else v)}
+        known = {RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
+        differing = {k: v for k, v in known.items() if (v != meant[k] if k in meant else v)}
         return {
             k: v for k, v in differing.items()
             if not {k, k.split(".")[0]} & unheard and not configuration.is_transport(k)
@@ -130,15 +131,6 @@ class Group:
             return bootstrap([run.dice for run in self.runs])
         bounds = [e["ci95"]["dice"] for run in self.runs if (e := run.also.get(on, {}) if on else run.evaluation)]
         return tuple(np.mean(bounds, 0).tolist()) if bounds else None
-
-
-def leaves(config: dict, prefix: str = "") -> dict:
-    """{"a.b": value} of a configuration as JSON gives it."""
-    found = {}
-    for key, value in config.items():
-        key = prefix + key
-        found |= leaves(value, f"{key}.") if isinstance(value, dict) else {RENAMED.get(key, key): value}
-    return found
 
 
 def load(paths) -> list[Run]:

@@ -107,7 +107,7 @@ def make_networks(names, stage: str, config) -> dict[str, Network]:
         module = nnx.eval_shape(lambda: make_module(name, stage, config, nnx.Rngs(params=0)))
         return nnx.split(module)[0]
 
-    precision = config.train.get("precision", "float32")  # runs that are older than the key
+    precision = config.train.precision
     return {name: Network(graphdef(name), precision) for name in names}
 
 

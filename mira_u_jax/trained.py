@@ -17,7 +17,6 @@ from mira_u_jax.rng import named
 
 PASSES = 8  # dropout passes behind mean and sigma, unless a caller says otherwise
 PIXELS = 2**18  # of a batch at most, in 2 to 16 images: all passes of a batch are computed at once
-BEFORE = {"passes": PASSES, "flips": False}  # `evaluation` of runs whose configuration has none yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +47,8 @@ def load(workdir, network: str = "student", flips: bool | None = None):
         raise UserError(f"--network={network}: this run has {', '.join(steps.network_names(settings))}")
     params = checkpoint.load_ema(workdir, steps.abstract_params(settings))[network]
     module = steps.make_networks((network,), "train", settings)[network]
-    mirrored = options(settings)["flips"] if flips is None else flips
+    mirrored = settings.evaluation.flips if flips is None else flips
     return settings, Mirrored(module) if mirrored else module, params
-
-
-def options(settings):
-    """The `evaluation` keys of a configuration: passes, flips."""
-    return settings.get("evaluation", BEFORE)
 
 
 def look(params, image, *, network, passes: int = PASSES, seed: int = 0) -> dict[str, jax.Array]:
@@ -80,7 +74,7 @@ class Predictor:
 
     def __init__(self, workdir, network: str = "student", flips: bool | None = None):
         self.settings, self.network, self.params = load(workdir, network, flips)
-        self.passes, self.flips = options(self.settings)["passes"], isinstance(self.network, Mirrored)
+        self.passes, self.flips = self.settings.evaluation.passes, isinstance(self.network, Mirrored)
         self.name = network + ("+flips" if self.flips else "")
         self.batch = min(max(PIXELS // self.settings.size**2, 2), 16)
         self.step = jax.jit(functools.partial(look, network=self.network, passes=self.passes))

@@ -147,7 +147,7 @@ def test_runs_that_are_older_than_a_key_go_on(tiny_config, tmp_path):
         configuration.save(tiny_config(**{"train.precision": "bfloat16"}), tmp_path, {})
 
 
-@pytest.mark.parametrize("text", [None, "not json", "{}"])
+@pytest.mark.parametrize("text", [None, "not json", "{}", '{"config": {"train": 1}}', "[]"])
 def test_load_names_the_file_that_is_missing_or_broken(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)

@@ -74,7 +74,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "jnp.broadcast_to(parameter.astype(like.dtype), like.shape)", "tests/precision_test.py -k every_product"),
     ("norms of bfloat16 sum in bfloat16", "layers.py", "x.astype(jnp.promote_types(x.dtype, jnp.float32))", "x",
      "tests/precision_test.py -k norms"),
-    ("every network rounds", "steps.py", 'config.train.get("precision", "float32")', '"bfloat16"',
+    ("every network rounds", "steps.py", 'precision = config.train.precision', 'precision = "bfloat16"',
      "tests/precision_test.py -k ends_in"),
     ("passes recompute what is the same in all", "pseudo.py",
      "network.outputs(params, image[None], key=k)[:, 0])",
