@@ -16,7 +16,7 @@ from flax import nnx, struct
 
 from mira_u_jax import augment, equations, pseudo
 from mira_u_jax.config import outlined, steps_of
-from mira_u_jax.rng import named
+from mira_u_jax.rng import named, stream
 from mira_u_jax.student import MaskedReconstruction, Student
 from mira_u_jax.teacher import MaskedAutoencoder, Teacher, to_patches
 
@@ -71,7 +71,7 @@ class Network:
 
 
 def dropout_of(key) -> nnx.Rngs | None:
-    return None if key is None else nnx.Rngs(dropout=key)
+    return None if key is None else stream(key)
 
 
 # --- networks, optimiser, state -------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def make_networks(names, stage: str, config) -> dict[str, Network]:
     """The pure functions of a stage, by network name. Builds no parameters."""
 
     def graphdef(name):
-        module = nnx.eval_shape(lambda: make_module(name, stage, config, nnx.Rngs(params=0)))
+        module = nnx.eval_shape(lambda: make_module(name, stage, config, stream(jax.random.key(0))))
         return nnx.split(module)[0]
 
     precision = config.train.precision
@@ -118,7 +118,7 @@ def fresh_params(names, stage: str, config, key) -> dict:
     """
 
     def init(name):
-        rngs = nnx.Rngs(params=named(named(key, f"init/{stage}"), name))
+        rngs = stream(named(named(key, f"init/{stage}"), name))
         params = nnx.to_pure_dict(nnx.split(make_module(name, stage, config, rngs))[1])
         return {k: v for k, v in params.items() if k != "encoder"} if name.endswith("_mim") else params
 
