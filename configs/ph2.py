@@ -5,8 +5,8 @@
 
 Keys: those of configs/isic.py, and fold 0..4. In-domain figures are not comparable with cross-dataset ones. With
 split=dev the run is measured on the development images of the set it trains on; PH2's folds have none.
-Hardware: as configs/isic.py. What it reaches: Dice .87 on a sample of 20 images after 10% of ISIC-2016 at 64 px
-(docs/results.md); nothing else has been measured yet.
+Hardware: as configs/isic.py. What it reaches was only measured on a sample of 20 images, with networks of 64 px
+(docs/results.md).
 """
 
 from configs import common
