@@ -108,7 +108,6 @@ class Script:
             if first:
                 self.began = time.monotonic() - start
                 self.compiling("compile_cold", found)
-                self.look(ours)
             rate = self.speed(f"step, {precision}", ours, found, setting)
             if self.args.trace and first:
                 ours("trace", self.args.trace)
@@ -158,6 +157,8 @@ class Script:
 
     def speed(self, name: str, ours, found: dict, setting: dict, **more) -> float:
         """A row of the whole step; returns images/s."""
+        if self.machine is None:  # the first process that came so far
+            self.look(ours)
         first = ours("run", 1)
         count = 1 if self.toy else max(1, min(math.ceil(0.5 / first), 50))  # half a second a turn: no host in the figure
         turns = 3 if self.toy else max(3, min(round(10 / (count * first)), 20))

@@ -4,6 +4,7 @@ Order: tree -> preset -> method -> ablation -> keys after the colon -> --config.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from mira_u_jax.config import check_value, parse_arg, update
 from mira_u_jax.errors import UserError
@@ -16,6 +17,11 @@ SHORT = {  # keys that are leaves
     "teacher": "teacher.source", "pseudo_label": "pseudo.label", "batch": "train.batch", "images": "files.images",
     "masks": "files.masks", "holdout": "files.holdout", "extra": "files.extra", "skip": "files.skip",
 }
+
+
+def either(value):
+    """A leaf that --config.key=... may set to a number or to a text, as 1500 or "200 epochs"."""
+    return config_dict.FieldReference(value, field_type=object)
 
 
 def tree() -> ml_collections.ConfigDict:
@@ -48,27 +54,27 @@ def tree() -> ml_collections.ConfigDict:
     )
     c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
     c.mim = dict(
-        steps=5_000, batch=32, target="both", ratio=0.75, lr=1e-3, grey=False,
+        steps=either(5_000), batch=32, target="both", ratio=0.75, lr=1e-3, grey=False,
         joint_weight=0.0,  # of L_MIM inside the semi-supervised step
         decoder=dict(channels=128, depth=2, heads=4),
     )
     c.train = dict(
-        steps=20_000, batch=16,  # `batch` labelled and as many unlabelled images a step
-        log_every=50, save_every="5%", figures_every="20%",
+        steps=either(20_000), batch=16,  # `batch` labelled and as many unlabelled images a step
+        log_every=either(50), save_every=either("5%"), figures_every=either("20%"),
         keep=2,  # checkpoints: an older one for the day when the newest is damaged
         # bfloat16: products and activations; parameters, sums of norms and softmax, logits, losses, EMA stay float32
         precision="float32",
     )
     c.mesh = dict(
-        cpu_devices="auto",  # of one process on a CPU: a core each, as far as they divide the batches; or a number
+        cpu_devices=either("auto"),  # of one process on a CPU: a core each, as far as they divide the batches; or a number
         fsdp=False,  # true: parameters, averages and moments are spread over the devices
     )
     c.optim = dict(
         lr=1e-3, weight_decay=0.05, clip=1.0, warmup=0.05, schedule="cosine",
         # schedule=plateau: a share of the LABELLED images validates; patience counts validations
-        plateau=dict(every="1 epoch", factor=0.5, patience=10, cooldown=0, min_scale=0.01, holdout=0.2),
+        plateau=dict(every=either("1 epoch"), factor=0.5, patience=10, cooldown=0, min_scale=0.01, holdout=0.2),
     )
-    c.ema = dict(alpha=0.999, every=1)  # `every`: steps, or "1 epoch"
+    c.ema = dict(alpha=0.999, every=either(1))  # `every`: steps, or "1 epoch"
     c.teacher = dict(
         source="both", weights="ema", passes=8, dropout=True,
         chunk=0,  # passes of a network at a time: fewer need less memory and more time; 0 is all at once

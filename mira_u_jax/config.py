@@ -15,7 +15,10 @@ FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
 TRANSPORT = ("data_dir", "data", "mesh", "train.keep", "teacher.chunk")
 
 # Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
-LATER = {"train.precision": "float32", "teacher.chunk": 0, "evaluation.passes": 8, "evaluation.flips": False}
+LATER = {
+    "train.precision": "float32", "teacher.chunk": 0, "evaluation.passes": 8, "evaluation.flips": False, "files.extra": "",
+}
+RENAMED = {"student.heads": "student.outputs"}  # keys of older runs
 
 # Key -> (what is right, its test). Used on `configs/isic.py:key=value` and again on the whole tree after --config.key=value.
 NAMES = ("isic2016", "ph2", "synthetic_lesions", "folder")
@@ -68,6 +71,27 @@ RULES = {
     "optim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
     "mim.lr": ("a number > 0", lambda v: is_number(v) and v > 0),
     "teacher.dropout": ("True or False", lambda v: isinstance(v, bool)),
+    "student.window": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "student.head_width": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "student.mlp_ratio": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "vit.patch": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "vit.channels": ("a multiple of 4", lambda v: is_int(v) and v >= 4 and v % 4 == 0),
+    "vit.depth": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "vit.heads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "vit.hidden": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "vit.head_channels": ("a multiple of 8", lambda v: is_int(v) and v >= 8 and v % 8 == 0),
+    "mim.decoder.channels": ("a multiple of 4", lambda v: is_int(v) and v >= 4 and v % 4 == 0),
+    "mim.decoder.depth": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "mim.decoder.heads": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "optim.plateau.factor": ("a number in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
+    "optim.plateau.patience": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
+    "optim.plateau.cooldown": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
+    "optim.plateau.min_scale": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
+    "optim.plateau.holdout": ("a number in (0, 1)", lambda v: is_number(v) and 0 < v < 1),
+    "augment.geometry.flip": ("True or False", lambda v: isinstance(v, bool)),
+    "augment.geometry.rotate": ("degrees, 0 to 180", lambda v: is_number(v) and 0 <= v <= 180),
+    "augment.geometry.scale": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
+    "augment.geometry.shift": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "loss.lambda_dice": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "loss.lambda_bce": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "loss.lambda_u": ("a number >= 0", lambda v: is_number(v) and v >= 0),
@@ -87,7 +111,9 @@ RULES = {
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
-    "student.widths": ("integers >= 1", lambda v: not isinstance(v, str) and all(is_int(w) and w >= 1 for w in v)),
+    "student.widths": (
+        "multiples of 8", lambda v: not isinstance(v, str) and all(is_int(w) and w >= 8 and w % 8 == 0 for w in v),
+    ),
     "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
     "student.skips": ("gate or cross, one a width but the last", lambda v: set(v) <= {"gate", "cross"}),
 }
@@ -145,6 +171,9 @@ def check(config) -> ml_collections.FrozenConfigDict:
     """The whole configuration after every override, frozen; raises UserError for the first thing that cannot work."""
     for key in RULES:
         check_value(key, get(config, key))
+    for name, part in (("vit", config.vit), ("mim.decoder", config.mim.decoder)):
+        if part.channels % part.heads:
+            raise UserError(f"config key {name}.heads={part.heads}: it must divide {name}.channels={part.channels}")
     semi, stride = config.loss.beta > 0, 2 ** (len(config.student.widths) - 1)
     if config.size % stride or config.size % config.vit.patch:
         raise UserError(
@@ -157,8 +186,15 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError("config key teacher.source=both: it shares the passes, so it needs teacher.passes >= 2 and dropout")
     if semi and config.teacher.passes > 1 and not config.teacher.dropout:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
-    if (config.mim.steps or config.mim.joint_weight) and config.mim.target == "vit" and config.teacher.source == "ema":
-        raise UserError("config key mim.target=vit: with teacher.source=ema there is no ViT; say student, or mim.steps=0")
+    if config.mim.joint_weight and not semi:
+        raise UserError("config key mim.joint_weight: it is computed on the unlabelled images, so it needs loss.beta > 0")
+    pretrains = config.mim.steps or config.mim.joint_weight
+    if pretrains and config.mim.target == "vit" and not (semi and config.teacher.source != "ema"):
+        raise UserError("config key mim.target=vit: there is no ViT with teacher.source=ema or loss.beta=0; say student")
+    if config.fold >= 0 and config.dataset != "ph2":
+        raise UserError(f"config key fold={config.fold}: {config.dataset} has none; write --config=configs/ph2.py:fold=N")
+    if config.dataset == "ph2" and config.split == "dev":
+        raise UserError("config key split=dev: PH2's folds have no development part, leave split out")
     if config.dataset == "folder" and not (config.files.images and config.files.masks):
         raise UserError("config keys images and masks: write --config=configs/folder.py:images=DIR,masks=DIR")
     if config.dataset == "folder" and config.split == "dev":
@@ -246,8 +282,12 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
     try:
         tree = json.loads(path.read_text())["config"]
         for dotted, value in LATER.items():
-            branch, _, key = dotted.partition(".")
+            branch, key = dotted.split(".")
             tree.setdefault(branch, {}).setdefault(key, value)
+        for old, new in RENAMED.items():
+            (branch, before), after = old.split("."), new.split(".")[1]
+            if before in tree[branch]:
+                tree[branch][after] = tree[branch].pop(before)
         return ml_collections.FrozenConfigDict(tree)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
@@ -256,8 +296,12 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
 
 
 def save(config, workdir, facts: dict):
-    """Write DIR/config.json; refuse a workdir that holds a run of another configuration."""
-    path = pathlib.Path(workdir) / "config.json"
+    """Write DIR/config.json; refuse a workdir that holds a run of another configuration.
+
+    facts: where this process comes from (commit, hardware, versions). A run that goes on keeps the first ones and lists
+    others in "resumed". Keys that change no result, as where the data lie, are written anew.
+    """
+    path, kept = pathlib.Path(workdir) / "config.json", facts
     if path.exists():
         old, new = decides(load(workdir)), decides(config)
         differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -267,10 +311,14 @@ def save(config, workdir, facts: dict):
                 f"{workdir} holds a run with {k}={old.get(k)!r}, this one has {k}={new.get(k)!r}"
                 f" ({len(differ)} keys differ): use another --workdir or remove that folder"
             )
-        return
+        kept = json.loads(path.read_text())
+        del kept["config"]
+        known = [{k: kept.get(k) for k in facts}, *kept.get("resumed", [])]
+        if facts not in known:
+            kept["resumed"] = [*known[1:], facts]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"config": json.loads(config.to_json()), **facts}, indent=1, sort_keys=True))
+    partial.write_text(json.dumps({"config": json.loads(config.to_json()), **kept}, indent=1, sort_keys=True))
     partial.rename(path)
 
 

@@ -95,7 +95,7 @@ def training_set(config) -> TrainingSet:
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
     source = builder.as_data_source(split=part)
-    if config.get("files", {}).get("extra"):  # runs from before the key have none
+    if config.files.extra:
         more = extra_images(config, builder)
         summary += "".join(f"\n  {note}" for note in more.notes)
         picked = np.concatenate([picked, len(source) + np.arange(len(more.images), dtype=np.int32)])
@@ -189,18 +189,21 @@ def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Iterator[
 
 
 def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
-    """Examples of path/images and path/masks, paired by stem, the mask's with or without _Segmentation."""
+    """Examples of path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES."""
     for part in ("images", "masks"):
         if not (path / part).is_dir():
             raise UserError(
                 f"{path / part} is not a folder: --dataset is isic2016, ph2, synthetic or a folder with images/ and masks/"
             )
 
-    def stems(part):
-        files = common.Source(path / part).files()
-        return common.by_id((pathlib.Path(f.name).stem.removesuffix("_Segmentation"), f) for f in files)
+    def stems(part, suffixes=()):
+        def stem(file):
+            name = pathlib.Path(file.name).stem
+            return next((name.removesuffix(s) for s in suffixes if name.endswith(s)), name)
 
-    pairs = common.pair(stems("images"), stems("masks"), "every image needs one mask of the same name")
+        return common.by_id((stem(f), f) for f in common.Source(path / part).files())
+
+    pairs = common.pair(stems("images"), stems("masks", files.SUFFIXES), "every image needs one mask of the same name")
     inverted = 0
     for stem, pair in pairs.items():
         found = example(stem, *pair, size)

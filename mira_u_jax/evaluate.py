@@ -2,8 +2,8 @@
 
     python -m mira_u_jax.evaluate --workdir=DIR --dataset=isic2016|ph2|synthetic|FOLDER [--data_dir=DIR] [--json=FILE]
 
-FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation. --flips averages the logits over
-the four flips of an image, whatever the run's configuration says.
+FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation or _mask. --flips averages the
+logits over the four flips of an image, whatever the run's configuration says.
 """
 
 import csv
@@ -37,7 +37,9 @@ def evaluate(
     temperature even if DIR/temperature.json has one. Raises UserError, DataError.
     """
     predictor = Predictor(workdir, network, flips)
-    settings, own = predictor.settings, data.DATASETS.get(name) == predictor.settings.dataset
+    settings, own = predictor.settings, data.DATASETS.get(name, name) == predictor.settings.dataset
+    if own and split == "dev" and settings.split != "dev":
+        raise UserError("--split=dev: this run has trained on those images; measure runs with split=dev there")
     split = split or (settings.split if own else "test")
     data_dir = data_dir or settings.data_dir
     examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir)
@@ -193,7 +195,9 @@ def write(path, result):
 
 def write_rows(path, rows: list[dict]):
     """A CSV with a header; figures with five significant digits."""
-    with pathlib.Path(path).open("w", newline="") as file:
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         writer.writerows([f"{v:.5g}" if isinstance(v, float) else v for v in row.values()] for row in rows)

@@ -80,14 +80,14 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     }
     lines = [f"# {file}", "", INTENDED, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in rows.items()] + ["", "## Measured", ""]
-    if measured.exists():
-        result = json.loads(measured.read_text())
+    result = json.loads(measured.read_text()) if measured.exists() else {}
+    if result and result.get("network", "student") == network.split("+")[0]:
         count = f"{result['images']} images, {result['missed']} lesions missed altogether"
         lines += [f"On {result['dataset']}, {split}: {count}. {INTERVAL}", "", "| | mean | 95% |", "|---|---|---|"]
         known = {name: bounds for name, bounds in result["ci95"].items() if isinstance(result.get(name), float)}
         lines += [f"| {name} | {result[name]:.4f} | {low:.4f} to {high:.4f} |" for name, (low, high) in known.items()]
     else:
-        lines.append("Nothing: the run was not evaluated.")
+        lines.append("Nothing: this network was not evaluated.")
     return "\n".join([*lines, "", "## Limits", "", LIMITS, ""])
 
 

@@ -56,6 +56,12 @@ class Grid:
         """The result of a cell, in whichever table."""
         return next(iter(sorted(self.results.glob(f"*/{name}.json"))), None)
 
+    def lacks(self, name: str, also: str) -> bool:
+        """Whether a finished cell was not measured on `also`, and its run is here to be measured."""
+        done = self.finished(name)
+        here = (self.runs / name / "result.json").exists()
+        return bool(done and also and here and also not in json.loads(done.read_text()).get("also", {}))
+
     def lock(self, name: str):
         """An open file that holds the cell until it is closed here and in every process started with it; None if taken."""
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -84,11 +90,12 @@ class Grid:
         if lock is None:
             return None
         with lock:
-            if self.finished(name):  # since this command began
+            done = self.finished(name)
+            if done and not self.lacks(name, also):  # since this command began
                 return None
             workdir, where = self.runs / name, [f"--config.data_dir={data_dir}"] if data_dir else []
             arg = f"{self.cells[name]},preset={self.preset},split={self.split}"
-            status = start("main", f"--config={arg}", f"--workdir={workdir}", *where, lock=lock)
+            status = 0 if done else start("main", f"--config={arg}", f"--workdir={workdir}", *where, lock=lock)
             if status == 0 and also:
                 where = [f"--data_dir={data_dir}"] if data_dir else []
                 found = workdir / f"evaluation_{also}.json"
@@ -99,11 +106,13 @@ class Grid:
 
     def keep(self, name: str, also: str = ""):
         """What is kept of a finished run: its result with, under "also", what it reaches on another data set."""
-        workdir, folder = self.runs / name, self.results / self.table
+        done = self.finished(name)
+        workdir, folder = self.runs / name, done.parent if done else self.results / self.table
         folder.mkdir(parents=True, exist_ok=True)
         result = json.loads((workdir / "result.json").read_text())
         if also:
-            result["also"] = {also: json.loads((workdir / f"evaluation_{also}.json").read_text())}
+            before = json.loads(done.read_text()).get("also", {}) if done else {}
+            result["also"] = before | {also: json.loads((workdir / f"evaluation_{also}.json").read_text())}
         shutil.copy(workdir / "evaluation_images.csv", folder / f"{name}.csv")
         partial = folder / f"{name}.partial"
         partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -145,7 +154,7 @@ def main():
         return
     failed = []
     for name in picked:
-        if grid.finished(name):
+        if grid.finished(name) and not grid.lacks(name, f.also):
             continue
         print(f"--- {names.index(name)} of {len(names)}: {name}", flush=True)
         status = grid.run(name, data_dir=f.data_dir, also=f.also)

@@ -10,13 +10,8 @@ import re
 from PIL import Image
 
 from mira_u_jax.errors import UserError
+from mira_u_jax.figures import CURVES
 
-CURVES = {  # title -> names in metrics.jsonl, stage 2
-    "losses": ("loss_sup", "loss_unsup", "loss_ent", "loss_vit_sup", "loss_vit_unsup"),
-    "Dice on the pool, hidden masks": ("teacher_dice", "student_dice", "kept_dice", "dropped_dice"),
-    "deviation of the passes": ("sigma", "sigma_band"),
-    "weight of the pseudo-labels": ("beta", "keep", "w", "w_band"),
-}
 SETTINGS = ("method", "ablate", "frac", "label_seed", "seed", "preset", "size", "split")
 COLOURS = ("#0b6e99", "#c2410c", "#3f7d20", "#8a3ffc", "#a8326e")
 

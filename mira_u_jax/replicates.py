@@ -58,7 +58,11 @@ def run(argv: list[str], workdir, seeds) -> int:
     try:
         with ThreadPoolExecutor(len(names)) as pool:
             done = [pool.submit(lambda: one(seeds.pop(0)) if seeds else 143) for _ in list(seeds)]
-            return max(job.result() for job in done)
+            try:
+                return max(job.result() for job in done)
+            except KeyboardInterrupt:  # the processes heard it too; no other may begin
+                seeds.clear()
+                raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -22,7 +22,6 @@ ENOUGH = 5  # pairs before a difference may be called one
 SAME = ("label_seed", "seed", "data_dir", "data")  # top-level keys in which the runs of a group may differ
 NAMED = ("name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold")  # what a title or a heading says
 
-RENAMED = {"student.heads": "student.outputs"}  # keys of older runs
 
 UNHEARD = {  # what a run without pseudo-labels does not read
     "teacher", "pseudo", "vit", "mim",
@@ -95,7 +94,7 @@ class Group:
         meant, unheard = configuration.flat(meant), {*SAME, *NAMED}
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
-        known = {RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
+        known = {configuration.RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
         differing = {k: v for k, v in known.items() if (v != meant[k] if k in meant else v)}
         return {
             k: v for k, v in differing.items()

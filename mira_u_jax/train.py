@@ -22,7 +22,8 @@ def run(config, workdir):
     """Every stage of a checked configuration, from wherever `workdir` stands to the end. Returns the final TrainState."""
     mesh = sharding.make_mesh()
     for key, unit in (("train.batch", 2 * mesh.size), ("mim.batch", mesh.size)):  # CutMix partners share a device
-        if mesh.size > 1 and configuration.get(config, key) % unit:
+        used = key != "mim.batch" or config.mim.steps
+        if used and mesh.size > 1 and configuration.get(config, key) % unit:
             raise UserError(f"config key {key}: it must be a multiple of {unit} on {mesh.size} devices")
     dataset = data.training_set(config)
     if cluster.first():

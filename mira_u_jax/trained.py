@@ -15,7 +15,6 @@ from mira_u_jax import checkpoint, config, equations, pseudo, steps
 from mira_u_jax.errors import UserError
 from mira_u_jax.rng import named
 
-PASSES = 8  # dropout passes behind mean and sigma, unless a caller says otherwise
 PIXELS = 2**18  # of a batch at most, in 2 to 16 images: all passes of a batch are computed at once
 
 
@@ -51,7 +50,7 @@ def load(workdir, network: str = "student", flips: bool | None = None):
     return settings, Mirrored(module) if mirrored else module, params
 
 
-def look(params, image, *, network, passes: int = PASSES, seed: int = 0) -> dict[str, jax.Array]:
+def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax.Array]:
     """{"logits", "mean", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
 
     logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes, sigma = 0 for one pass. All

@@ -2,12 +2,18 @@
 
 import copy
 import json
+import pathlib
+import re
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import common, isic, ph2, synthetic
 from mira_u_jax import config as configuration
 from mira_u_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("preset", common.PRESETS)
@@ -86,8 +92,11 @@ def test_update_cannot_invent_a_key():
 def test_ph2_folds():
     assert (ph2.get_config().dataset, ph2.get_config().test) == ("isic2016", "ph2")
     assert ph2.get_config("fold=0").dataset == "ph2"
-    with pytest.raises(UserError, match="split"):
-        ph2.get_config("fold=0,split=dev")
+    for config in (ph2.get_config("fold=0,split=dev"), common.get_config("preset=smoke")):
+        if config.dataset != "ph2":
+            config.fold = 0
+        with pytest.raises(UserError, match="split" if config.dataset == "ph2" else "configs/ph2.py"):
+            configuration.check(config)
 
 
 # --- durations --------------------------------------------------------------------------------------------------------
@@ -114,6 +123,40 @@ def test_a_share_of_nothing_is_refused():
     assert "share" not in str(error.value)
 
 
+@pytest.mark.parametrize(("key", "text", "value"), [
+    ("train.steps", "50 epochs", "50 epochs"), ("train.log_every", "5%", "5%"), ("ema.every", "1 epoch", "1 epoch"),
+    ("train.save_every", "7", 7), ("mesh.cpu_devices", "1", 1), ("mesh.cpu_devices", "auto", "auto"),
+])
+def test_a_number_or_a_text_on_the_command_line(key, text, value):
+    values, argv = flags.FlagValues(), ["main", f"--config={ROOT}/configs/isic.py:preset=smoke", f"--config.{key}={text}"]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    assert configuration.get(configuration.check(values.config), key) == value
+
+
+def test_every_leaf_has_a_rule():
+    """Or is a duration, which is checked where the stages are known, or a name that configs/common.py checks."""
+    durations = {
+        "train.steps", "mim.steps", "train.log_every", "train.save_every", "train.figures_every", "optim.plateau.every",
+        "ema.every",
+    }
+    free = {"name", "data_dir", "preset", "method", "ablate"}
+    assert set(configuration.flat(common.tree())) == set(configuration.RULES) | durations | free
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"vit.patch": 0}, "vit.patch"), ({"vit.heads": 3}, "vit.heads"), ({"mim.decoder.heads": 5}, "mim.decoder.heads"),
+    ({"student.widths": (12, 16, 16, 16, 16)}, "student.widths"), ({"optim.plateau.holdout": 1}, "optim.plateau.holdout"),
+    ({"loss.beta": 0.0, "mim.joint_weight": 0.5}, "mim.joint_weight"),
+    ({"loss.beta": 0.0, "mim.target": "vit"}, "mim.target"),
+])
+def test_what_cannot_work_is_named_before_anything_is_read(changes, named):
+    config = common.get_config("preset=smoke")
+    configuration.update(config, changes)
+    with pytest.raises(UserError, match=re.escape(named)):
+        configuration.check(config)
+
+
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +166,17 @@ def test_save_and_load(tiny_config, tmp_path):
     assert configuration.flat(configuration.load(tmp_path / "run")) == configuration.flat(config)
     configuration.check(configuration.load(tmp_path / "run"))  # lists instead of tuples are as good
     configuration.save(config, tmp_path / "run", {})  # a resume
-    configuration.save(tiny_config(data_dir="elsewhere"), tmp_path / "run", {})  # the data moved: the same run
+    moved = tiny_config(data_dir="elsewhere")  # the data: the same run
+    configuration.save(moved, tmp_path / "run", {"commit": "abc"})
+    assert configuration.load(tmp_path / "run").data_dir == "elsewhere"  # where evaluation looks for them
+    assert "resumed" not in json.loads((tmp_path / "run" / "config.json").read_text())
+
+
+def test_a_run_that_goes_on_says_with_which_code(tiny_config, tmp_path):
+    for commit in ("first", "second", "second", "first"):
+        configuration.save(tiny_config(), tmp_path, {"commit": commit})
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["commit"] == "first" and kept["resumed"] == [{"commit": "second"}]
 
 
 def test_a_workdir_refuses_another_configuration(tiny_config, tmp_path):

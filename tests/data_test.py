@@ -99,12 +99,12 @@ def test_square_averages_when_it_shrinks():
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Two images of 20 x 30 (height x width) with masks, one of them named as ISIC names it."""
+    """Three images of 20 x 30 (height x width) with masks, one named as ISIC names it, one as predict does."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     mask = np.zeros((20, 30), np.uint8)
     mask[5:10, 3:9] = 255
-    for stem, mask_name in (("a", "a.png"), ("b", "b_Segmentation.png")):
+    for stem, mask_name in (("a", "a.png"), ("b", "b_Segmentation.png"), ("c", "c_mask.png")):
         Image.new("RGB", (30, 20), (200, 100, 50)).save(tmp_path / "images" / f"{stem}.jpg")
         Image.fromarray(mask).save(tmp_path / "masks" / mask_name)
     return tmp_path
@@ -112,7 +112,7 @@ def pairs(tmp_path):
 
 def test_folder_pairs_by_stem_with_and_without_segmentation(pairs):
     examples = list(data.folder(pairs, 16))
-    assert [e.id for e in examples] == ["a", "b"]
+    assert [e.id for e in examples] == ["a", "b", "c"]
     for e in examples:
         assert e.image.shape == (16, 16, 3) and e.image.dtype == np.uint8
         assert np.abs(e.image.astype(int) - [200, 100, 50]).max() < 6  # JPEG, and red stays red

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.special import expit, logit
 
 from mira_u_jax import boundary, calibration, checkpoint, config, data, equations, evaluate, metrics, pseudo, steps, trained
+from mira_u_jax.errors import UserError
 from mira_u_jax.rng import named
 
 PROMISED = {  # in results/*.json and DIR/evaluation.json, for whoever reads them
@@ -230,3 +231,8 @@ def test_a_run_from_before_the_keys_is_measured_as_they_default(run, tmp_path):
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     predictor = trained.Predictor(tmp_path)
     assert predictor.passes == 8 and not predictor.flips
+
+
+def test_development_images_that_a_run_has_learnt_from_are_not_measured_on(smoke_run):
+    with pytest.raises(UserError, match="--split=dev: this run has trained on"):
+        evaluate.evaluate(smoke_run, "isic2016", split="dev")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from mira_u_jax import config as configuration
 from mira_u_jax import export, steps, trained
 from mira_u_jax.errors import UserError
 
@@ -67,3 +68,12 @@ def test_the_file_gives_the_same_without_our_package(smoke_run, tmp_path, tiny_d
         assert said in card, said
     assert str(smoke_run) not in card
     assert steps.network_names(settings) == ("student",)
+
+
+def test_a_card_has_figures_of_its_own_network_only(smoke_run):
+    result = {"dataset": "isic2016", "images": 12, "missed": 1, "dice": 0.8765, "ci95": {"dice": [0.81, 0.93]}}
+    (smoke_run / "evaluation.json").write_text(json.dumps(result | {"network": "student"}))
+    settings = configuration.load(smoke_run)
+    cards = {name: export.card(smoke_run, "f", settings, name, 3, {}) for name in ("student", "student+flips", "vit")}
+    assert "0.8765" in cards["student"] and "0.8765" in cards["student+flips"]
+    assert "0.8765" not in cards["vit"] and "not evaluated" in cards["vit"]

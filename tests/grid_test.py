@@ -106,6 +106,19 @@ def test_a_cell_is_trained_measured_kept_and_not_run_again(make, started, tmp_pa
     assert [other.state(n) for n in other.cells] == ["open", "open"]  # another preset is another run
 
 
+def test_a_finished_cell_is_measured_on_what_it_lacks(make, started, tmp_path):
+    """Without training again; its result stays where it is, whichever table asks."""
+    one, two, (calls, _) = make(), make("two"), started
+    (name,) = two.cells
+    assert one.run(name) == 0 and not one.lacks(name, "")
+    assert two.lacks(name, "ph2") and two.run(name, also="ph2") == 0
+    assert [module for module, _ in calls] == ["main", "evaluate"]
+    assert json.loads((tmp_path / "results" / "one" / f"{name}.json").read_text())["also"] == {"ph2": {"dice": 0.8}}
+    assert not (tmp_path / "results" / "two").exists() and not two.lacks(name, "ph2")
+    (tmp_path / "runs" / name / "result.json").unlink()
+    assert not one.lacks(name, "other")  # nothing is left to be measured
+
+
 @pytest.mark.parametrize("broken", ["main", "evaluate"])
 def test_a_cell_that_breaks_is_not_done(make, started, broken):
     one, (_, status) = make(), started

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -54,6 +56,25 @@ def test_each_seed_gets_a_device_of_its_own_two_at_a_time(processes, monkeypatch
             "-m", "mira_u_jax.main", "--config=c.py:frac=1", "--workdir=elsewhere", "--seeds=1", f"--config.seed={seed}",
             f"--workdir=runs/x/seed{seed}",  # the last of two holds
         ]
+
+
+def test_a_keyboard_interrupt_begins_no_other_seed(processes, monkeypatch):
+    started, _ = processes
+    monkeypatch.setattr(replicates, "devices", lambda: ("cpu", [""]))
+
+    def interrupted(code):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # the main thread hears it
+        return 130
+
+    monkeypatch.setattr(replicates, "status_of", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replicates.run([], "runs/x", range(3))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(started) == 1
 
 
 def test_one_device_takes_them_one_after_the_other(processes, monkeypatch):
