@@ -6,7 +6,8 @@ Examples: --input=photos, --input a.jpg b.png, --input='photos/**/*.jpg', --inpu
 input: find photos -name '*.jpg' | python -m mira_u_jax.predict --input=- ...
 
 FOLDER gets, at the size of each image, <id>_mask.png (0 or 255), <id>_overlay.png (the outline, and in red where the passes
-disagree), <id>_sigma.png (that disagreement: value / 510, from 0 to .5) and one line in predictions.csv. A file that cannot
+disagree), <id>_sigma.png (that disagreement: value / 510, from 0 to .5), with --probability also <id>_probability.png (value
+/ 255, for a threshold of your own) and one line in predictions.csv. A file that cannot
 be read is left out and named at the end, and in failed.txt; the exit status is then 2.
 """
 
@@ -23,6 +24,7 @@ import cv2
 import jax
 import numpy as np
 from absl import flags
+from scipy.special import expit
 
 from mira_u_jax import command, inputs, trained
 from mira_u_jax.errors import UserError
@@ -47,13 +49,13 @@ class Item:
 
 def predict(
     workdir, files: dict[str, common.File], output, *, network: str = "student", passes: int = 0, batch: int = 0,
-    threads: int = 4,
+    threads: int = 4, probability: bool = False,
 ) -> dict[str, str]:
     """Write what FOLDER gets for `files` {id: file}; returns {id: why} of those that could not be read.
 
-    passes: of dropout, behind sigma; 0 as the run is evaluated; batch: images at once, 0 by their size. Reads and writes on
-    `threads` threads beside the device, a few batches ahead at most, so that memory does not grow with the number of files.
-    One compilation. Raises UserError; OSError where the output cannot be written.
+    passes: of dropout, behind sigma; 0 as the run is evaluated; batch: images at once, 0 by their size; probability: write
+    its maps too. Reads and writes on `threads` threads beside the device, a few batches ahead at most, so that memory does
+    not grow with the number of files. One compilation. Raises UserError; OSError where the output cannot be written.
     """
     predictor = trained.Predictor(workdir, network)
     output = pathlib.Path(output)
@@ -78,7 +80,7 @@ def predict(
         table.writerow(COLUMNS)
         read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), batch)
         looked = (item for group in batched(good(read), batch) for item in look(step, group, batch))
-        for row in ahead(pool, functools.partial(write_item, output=output), looked, batch):
+        for row in ahead(pool, functools.partial(write_item, output=output, probability=probability), looked, batch):
             table.writerow(row)
             f.flush()
             progress.add()
@@ -123,14 +125,17 @@ def look(step, items, batch: int):
     return items
 
 
-def write_item(item: Item, *, output: pathlib.Path) -> tuple:
-    """Write the three pictures of an item and return its row of predictions.csv."""
+def write_item(item: Item, *, output: pathlib.Path, probability: bool = False) -> tuple:
+    """Write the pictures of an item and return its row of predictions.csv."""
     started, shape = time.perf_counter(), item.pixels.shape
-    mask = at_size(item.maps["logits"], shape) > 0
+    logits = at_size(item.maps["logits"], shape)
+    mask = logits > 0
     sigma = at_size(item.maps["sigma"], shape)
     save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)
     save(output / f"{item.id}_sigma.png", (sigma * 510).clip(0, 255).round().astype(np.uint8))
     save(output / f"{item.id}_overlay.png", overlay(item.pixels, mask, sigma))
+    if probability:
+        save(output / f"{item.id}_probability.png", (expit(logits) * 255).round().astype(np.uint8))
     edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
     seconds = item.seconds + time.perf_counter() - started
     return item.id, f"{mask.mean():.6f}", f"{item.maps['sigma'].mean():.6f}", int(edge), f"{seconds:.3f}"
@@ -182,7 +187,8 @@ def main():
     files = inputs.find(f.input, ignore=f.output)
     started = time.perf_counter()
     failed = predict(
-        f.workdir, files, f.output, passes=f.passes, batch=f.batch, threads=f.threads, network=f.network
+        f.workdir, files, f.output, passes=f.passes, batch=f.batch, threads=f.threads, network=f.network,
+        probability=f.probability,
     )
     done, seconds = len(files) - len(failed), time.perf_counter() - started
     print(f"{done} masks in {f.output}, {seconds:.1f} s, compilation included", flush=True)
@@ -199,5 +205,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("passes", 0, "Dropout passes behind sigma; 0: as the run is evaluated.")
     flags.DEFINE_integer("batch", 0, "Images at once; 0: by their size.")
     flags.DEFINE_integer("threads", 4, "Threads that read and write.")
+    flags.DEFINE_bool("probability", False, "Write <id>_probability.png too: of lesion, value / 255.")
     flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
     command.run(main, required=("workdir", "input", "output"), rest="input")

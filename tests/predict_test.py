@@ -117,9 +117,9 @@ def darkness(monkeypatch, tiny_config):
     return traced
 
 
-def run(files, output):
+def run(files, output, **options):
     files = inputs.find([str(file) for file in files], ignore=output)
-    return predict.predict("run", files, output, threads=2)
+    return predict.predict("run", files, output, threads=2, **options)
 
 
 def test_masks_lie_on_the_lesion_at_the_size_of_the_image(tmp_path, darkness):
@@ -152,6 +152,15 @@ def test_masks_lie_on_the_lesion_at_the_size_of_the_image(tmp_path, darkness):
     assert [rows[i]["border_touched"] for i in ("edge", "large", "none")] == ["1", "0", "0"]
     assert float(rows["wide"]["mean_sigma"]) == pytest.approx(0.125, abs=1e-6) and float(rows["wide"]["seconds"]) > 0
     assert len(list((tmp_path / "out").iterdir())) == 3 * 5 + 1  # and nothing unfinished
+
+
+def test_probabilities_are_written_when_asked_for(tmp_path, darkness):
+    draw(tmp_path / "in.png", (64, 48), (32, 0, 64, 48))
+    run([tmp_path / "in.png"], tmp_path / "out", probability=True)
+    found, mask = (np.asarray(Image.open(tmp_path / "out" / f"in_{name}.png")) for name in ("probability", "mask"))
+    np.testing.assert_array_equal(found >= 128, mask > 0)
+    logit = 20 * (0.5 - np.mean([60, 40, 30]) / 255)  # of the dark side
+    assert found.shape == (48, 64) and found[24, 60] == round(255 / (1 + np.exp(-logit))) and found[24, 4] < 10
 
 
 def test_a_bad_file_is_left_out_and_named(tmp_path, darkness):
