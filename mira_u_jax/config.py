@@ -286,7 +286,7 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
             tree.setdefault(branch, {}).setdefault(key, value)
         for old, new in RENAMED.items():
             (branch, before), after = old.split("."), new.split(".")[1]
-            if before in tree[branch]:
+            if before in tree.get(branch, {}):
                 tree[branch][after] = tree[branch].pop(before)
         return ml_collections.FrozenConfigDict(tree)
     except FileNotFoundError:
