@@ -196,14 +196,10 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
                 f"{path / part} is not a folder: --dataset is isic2016, ph2, synthetic or a folder with images/ and masks/"
             )
 
-    def stems(part, suffixes=()):
-        def stem(file):
-            name = pathlib.Path(file.name).stem
-            return next((name.removesuffix(s) for s in suffixes if name.endswith(s)), name)
+    def by_id(part):
+        return common.by_id((files.id_of(f.name, outline=part == "masks"), f) for f in common.Source(path / part).files())
 
-        return common.by_id((stem(f), f) for f in common.Source(path / part).files())
-
-    pairs = common.pair(stems("images"), stems("masks", files.SUFFIXES), "every image needs one mask of the same name")
+    pairs = common.pair(by_id("images"), by_id("masks"), "every image needs one mask of the same name")
     inverted = 0
     for stem, pair in pairs.items():
         found = example(stem, *pair, size)

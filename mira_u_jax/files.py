@@ -76,6 +76,14 @@ def pairs(images, masks) -> dict[str, tuple[File, File]]:
     return {id: (found[id][0], outlines[id][0]) for id in alone}
 
 
+def id_of(name: str, *, outline: bool = False) -> str:
+    """The id of a file: its name without folders and extension, that of an outline without SUFFIXES too."""
+    stem = pathlib.Path(name).stem
+    for suffix in SUFFIXES if outline else ():
+        stem = stem.removesuffix(suffix)
+    return stem
+
+
 def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Callable | None = None) -> Found:
     """Everything in the folder `images`, which configuration key `key` names, and in `masks`; each file is decoded once.
 
@@ -154,10 +162,7 @@ def _listed(path, key: str) -> tuple[dict[str, list[File]], list[str]]:
         if not inputs.is_image(file.name) or key != "masks" and inputs.NO_IMAGE.search(file.name):
             ignored.append(str(file))
             continue
-        stem = pathlib.Path(file.name).stem
-        for suffix in SUFFIXES if key == "masks" else ():
-            stem = stem.removesuffix(suffix)
-        found[stem].append(file)
+        found[id_of(file.name, outline=key == "masks")].append(file)
     if not found:
         raise UserError(f"config key {key}={path}: no images there ({', '.join(inputs.IMAGES)})")
     return dict(sorted(found.items())), ignored

@@ -22,7 +22,6 @@ ENOUGH = 5  # pairs before a difference may be called one
 SAME = ("label_seed", "seed", "data_dir", "data")  # top-level keys in which the runs of a group may differ
 NAMED = ("name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold")  # what a title or a heading says
 
-
 UNHEARD = {  # what a run without pseudo-labels does not read
     "teacher", "pseudo", "vit", "mim",
     *(f"loss.{k}" for k in ("gamma", "ramp", "wait", "norm", "distance", "feature", "lambda_u", "lambda_c")),
