@@ -10,6 +10,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from mira_u_jax import linear
+
 MASKED = -1e9  # added to the attention logits of a pair that must not meet; finite, so a fully masked row stays finite
 
 
@@ -51,44 +53,21 @@ class Conv(nnx.Conv):
     """nnx.Conv over (h, w) with half a kernel of zeros around the map, at any stride; the bias by `fill`."""
 
     def __call__(self, x):  # b h w c -> b h w d, over the stride
-        border = [(size // 2, size // 2) for size in self.kernel_size]
         kernel = self.kernel[...]
         x, kernel = (a.astype(jnp.promote_types(x.dtype, kernel.dtype)) for a in (x, kernel))
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (self.strides, self.strides), border, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = linear.convolution(x, kernel, self.strides)
         return y if self.bias is None else y + fill(self.bias[...], y)
 
 
 class ConvTranspose(nnx.Module):
-    """3x3 transposed convolution of stride 2 that doubles h and w exactly. Section 3.2.
-
-    Equals PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1), kernel (3, 3, in, out) unflipped.
-    Computed in sub-pixel form, a 2x2 convolution to 4 x channels and depth-to-space: output (2i, 2j) sees input
-    (i, j) only, output (2i+1, 2j+1) sees (i..i+1, j..j+1). The usual input dilation multiplies zeros and is far slower.
-    """
+    """3x3 transposed convolution of stride 2 that doubles h and w exactly. Section 3.2."""
 
     def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (3, 3, c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
     def __call__(self, x):  # b h w c -> b 2h 2w d
-        k = self.kernel[...]
-        # Along one axis: phase 0 (even outputs) is tap 1 at x[i]; phase 1 (odd) is tap 2 at x[i] and tap 0 at x[i+1].
-        zero = jnp.zeros_like(k[:1])
-        rows = jnp.stack([jnp.concatenate([k[1:2], zero]), jnp.concatenate([k[2:3], k[0:1]])])  # phase_h 2 3 c d
-        zero = jnp.zeros_like(rows[:, :, :1])
-        taps = jnp.stack(
-            [
-                jnp.concatenate([rows[:, :, 1:2], zero], axis=2),
-                jnp.concatenate([rows[:, :, 2:3], rows[:, :, 0:1]], axis=2),
-            ]
-        )  # phase_w phase_h 2 2 c d
-        taps = rearrange(taps, "q p i j c d -> i j c (p q d)")
-        y = jax.lax.conv_general_dilated(
-            x, taps.astype(x.dtype), (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        y = rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
+        y = linear.transposed_convolution(x, self.kernel[...].astype(x.dtype))
         return y + fill(self.bias[...], y)
 
 
@@ -108,30 +87,15 @@ class ConvBlock(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias over the last axis, as nnx.Linear, with the gradient of `product`."""
+    """x @ kernel + bias over the last axis, as nnx.Linear, with the gradient of `linear.product`."""
 
     def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
     def __call__(self, x):  # ... c -> ... d
-        y = product(x, self.kernel[...])
+        y = linear.product(x, self.kernel[...])
         return y + fill(self.bias[...], y)
-
-
-@jax.custom_vjp
-def product(x, kernel):  # ... c, c d -> ... d
-    """x @ kernel. Its gradient for the kernel is x^T g; JAX's own rule takes (g^T x)^T, for which XLA copies g on a CPU."""
-    return x @ kernel
-
-
-def product_backward(inputs, g):
-    x, kernel = inputs
-    x, g_rows = rearrange(x, "... c -> (...) c"), rearrange(g, "... d -> (...) d")
-    return g @ kernel.T, jax.lax.dot_general(x, g_rows, (((0,), (0,)), ((), ())))
-
-
-product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), product_backward)
 
 
 class Mlp(nnx.Module):
@@ -278,7 +242,11 @@ class GateSkip(nnx.Module):
         self.gate = Conv(2 * channels, channels, (1, 1), rngs=rngs)
 
     def __call__(self, decoder, encoder):  # b h w c, b h w c -> b h w c
-        return decoder + nnx.sigmoid(self.gate(jnp.concatenate([decoder, encoder], -1))) * encoder
+        # The two halves of the product apart: what comes from the encoder is the same in every Monte Carlo pass.
+        kernel, c = self.gate.kernel[0, 0], decoder.shape[-1]
+        gate = linear.product(decoder, kernel[:c]) + linear.product(encoder, kernel[c:])
+        gate += fill(self.gate.bias[...], decoder)
+        return decoder + nnx.sigmoid(gate) * encoder
 
 
 class Dropout(nnx.Module):
