@@ -26,8 +26,9 @@ mutants: $(INSTALLED)
 kills: $(INSTALLED)
 	$(PY) tests/kills.py --kills=$(or $(N),30) $(ARGS)
 
-# The speed table, beside a PyTorch trainer of the same step where PyTorch is installed (pip install torch).
+# The speed table, beside a PyTorch trainer of the same step, which is installed for it.
 bench: $(INSTALLED)
+	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check torch
 	$(PY) -m benchmarks.bench $(if $(JSON),--json=$(JSON)) $(if $(GRID),--grid=$(GRID)) $(ARGS)
 
 # Style, and the type hints.

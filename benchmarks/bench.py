@@ -7,6 +7,7 @@ its own and works only in its turn; this one imports neither.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import pathlib
@@ -62,11 +63,14 @@ def main(argv=None) -> int:
 
         grid.measure(Table(args.json), args.preset, args.set, seconds=args.seconds / 100)
         return 0
+    if not importlib.util.find_spec("torch"):
+        print("error: the peer needs PyTorch: .venv/bin/python -m pip install torch", file=sys.stderr)
+        return 2
     setting = {"preset": args.preset, "size": args.size, "batch": args.batch, "passes": args.passes, "set": args.set}
     try:
         compare(Table(args.json), setting, args)
     except RemoteError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # of a traceback from the other process
         return 1
     return 0
 

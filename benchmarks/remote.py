@@ -7,8 +7,6 @@ import resource
 import time
 import traceback
 
-from mira_u_jax import memory
-
 
 class RemoteError(RuntimeError):
     """The other side raised, or its process ended; the text says what."""
@@ -59,8 +57,7 @@ class Remote:
 
 
 def serve(pipe, target, args, kwargs, environ):
-    """The process: build the object, then answer calls until the pipe closes. Memory as in our runs, for all alike."""
-    memory.keep_freed()
+    """The process: build the object, then answer calls until the pipe closes."""
     os.environ.update(environ)
     module, name = target.split(":")
     call = lambda method, args, kwargs: getattr(served, method)(*args, **kwargs)  # noqa: E731

@@ -175,6 +175,11 @@ def check(config) -> ml_collections.FrozenConfigDict:
     for name, part in (("vit", config.vit), ("mim.decoder", config.mim.decoder)):
         if part.channels % part.heads:
             raise UserError(f"config key {name}.heads={part.heads}: it must divide {name}.channels={part.channels}")
+    student = config.student
+    kinds = (*zip(student.widths, student.stages, strict=False), *zip(student.widths, student.skips, strict=False))
+    for c in [c for c, kind in kinds if kind in ("swin", "cross")]:
+        if c % (heads := max(c // student.head_width, 1)):
+            raise UserError(f"config key student.head_width={student.head_width}: {c} channels make no {heads} heads")
     semi, stride = config.loss.beta > 0, 2 ** (len(config.student.widths) - 1)
     if config.size % stride or config.size % config.vit.patch:
         raise UserError(

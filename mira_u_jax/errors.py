@@ -14,6 +14,9 @@ class Preempted(Exception):
     """The run was told to leave and has saved. The message is one line that says how far it came."""
 
 
+# What the system says of a path that cannot be what the caller gave it for: too late to ask, in most cases, before trying.
+WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 PREEMPTED = 143  # 128 + SIGTERM, what a shell reports of a process that SIGTERM ended
 
 
@@ -23,6 +26,11 @@ def exit_status(run, *, debug: bool = False) -> int:
         run()
     except (UserError, DataError) as error:
         return report(error, 2, debug)
+    except WRONG_PATH as error:
+        path = error.filename2 or error.filename
+        if not path:
+            return report(error, 1, debug)
+        return report(UserError(f"{path}: {error.strerror}; give another path"), 2, debug)
     except Preempted as leave:
         print(f"{leave}; the same command goes on from there", file=sys.stderr)
         return PREEMPTED

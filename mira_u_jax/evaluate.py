@@ -209,9 +209,9 @@ def main():
         f.workdir, f.dataset, data_dir=f.data_dir or "", split=f.split or "", network=f.network, flips=f.flips,
         images_csv=f.images_csv,
     )
+    print(table(result))
     if f.json:
         write(f.json, result)
-    print(table(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A trained run as one file for a product: StableHLO with the weights inside, to be run by jax alone.
+"""A trained run as one file for a product: StableHLO with the weights inside, to be run by jax and flatbuffers alone.
 
     python -m mira_u_jax.export --workdir=DIR --output=lesion.stablehlo
 

@@ -259,7 +259,7 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     # 6., 7. AdamW on theta, then phi.
-    every = max(steps_of(config.ema.every, epoch=epoch), 1)
+    every = min(max(steps_of(config.ema.every, epoch=epoch), 1), steps)  # a run shorter than that averages at its end
     state, updated = update(state, grads, tx, config.ema.alpha, every)
     return state, metrics | updated | {"loss": loss} | parts
 

@@ -78,8 +78,6 @@ class Run:
         total = configuration.steps_of(cfg.steps, epoch=epoch, key="train.steps")
         if not total:
             raise UserError("config key train.steps: the stage needs at least one step")
-        if configuration.steps_of(config.ema.every, epoch=epoch) > total:
-            raise UserError(f"config key ema.every={config.ema.every}: the average would never move in {total} steps")
         schedule = steps.make_schedule(config.optim, total, lr=config.optim.lr, schedule=config.optim.schedule)
         tx = steps.make_optimizer(config.optim, names, schedule)
         networks = steps.make_networks(names, "train", config)

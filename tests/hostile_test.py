@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TABLE = ROOT / "docs" / "reliability.md"
 MAIN, EVALUATE, BUILD = "mira_u_jax.main", "mira_u_jax.evaluate", "tfds_builders.build"
+PREDICT, EXPORT, REPORT, GRID = (f"mira_u_jax.{name}" for name in ("predict", "export", "report", "grid"))
 ISIC = "--config=configs/isic.py:preset=smoke"
 LIMIT_S, LIMIT_MB = 120, 2048
 
@@ -199,6 +200,12 @@ def code(text):
 
 
 OTHER_IDS = {"ISIC_9999999.jpg": encoded(SKIN, "JPEG")}
+def below(folder, module, *argv):
+    """A command whose path, {}, is a file."""
+    (folder / "file").write_text("x")
+    return module, [arg.format(folder / "file") for arg in argv]
+
+
 CASES = {  # what is wrong -> a function of an empty folder that makes it and gives (module, argv)
     # configurations and flags
     "a key that is not there": train("--config=configs/isic.py:fraction=0.1"),
@@ -223,6 +230,8 @@ CASES = {  # what is wrong -> a function of an empty folder that makes it and gi
     "a flag that is not there": train(ISIC, "--workdri=x"),
     "a word too many": train(ISIC, "run"),
     "no configuration": train(),
+    "channels that make no heads": train(ISIC, "--config.student.widths=(8,8,8,56,56)", "--config.student.head_width=9"),
+    "images of one's own in no folder": train("--config=configs/folder.py:images=NONE,masks=NONE,preset=smoke"),
     "a process without its cluster": train(ISIC, "--process=1"),
     "a coordinator without a port": train(ISIC, "--coordinator=host", "--processes=2", "--process=1"),
     # workdirs
@@ -235,6 +244,13 @@ CASES = {  # what is wrong -> a function of an empty folder that makes it and gi
     "evaluation before a checkpoint": measured,
     "a config.json that is no object": lambda f: measured(f, config="[]"),
     "a checkpoint of pickled payloads": pickled,
+    "prediction with an empty workdir": lambda f: (PREDICT, [f"--workdir={f}", f"--input={f}", f"--output={f}/masks"]),
+    "export of an empty workdir": lambda f: (EXPORT, [f"--workdir={f}", f"--output={f}/net"]),
+    "a report of nothing": lambda f: (REPORT, [f"--runs={f}", f"--output={f}/report"]),
+    # what is written
+    "a report where a file lies": lambda f: below(f, REPORT, "--runs=results/synthetic", "--output={}"),
+    "runs of a grid below a file": lambda f: below(f, GRID, "--table=a", "--preset=smoke", "--runs={}/runs"),
+    "a data_dir below a file": lambda f: below(f, BUILD, "synthetic_lesions", "--data_dir={}/data"),
     # sources of data
     "nothing to build from": lambda f: (BUILD, ["ph2", f"--data_dir={f}"]),
     "a manual_dir that is not there": lambda f: (BUILD, ["isic2016", f"--manual_dir={f}/no", f"--data_dir={f}"]),

@@ -76,8 +76,6 @@ def test_every_name_runs(tmp_path, images, cache, key, name):
     arg = f"frac=0.1,preset=smoke,{key}={name},data_dir={data_dir}"
     module = __import__(f"configs.{file}", fromlist=["get_config"])
     config = module.get_config(arg)
-    if name == "alg1":
-        configuration.update(config, {"ema.every": 2})  # an epoch is longer than this run
     config = configuration.check(config)
     state = train.run(config, tmp_path)
     names = steps.network_names(config)
