@@ -7,6 +7,8 @@ import resource
 import time
 import traceback
 
+from mira_u_jax import memory
+
 
 class RemoteError(RuntimeError):
     """The other side raised, or its process ended; the text says what."""
@@ -57,7 +59,8 @@ class Remote:
 
 
 def serve(pipe, target, args, kwargs, environ):
-    """The process: build the object, then answer calls until the pipe closes."""
+    """The process: build the object, then answer calls until the pipe closes. Memory as in our runs, for all alike."""
+    memory.keep_freed()
     os.environ.update(environ)
     module, name = target.split(":")
     call = lambda method, args, kwargs: getattr(served, method)(*args, **kwargs)  # noqa: E731
