@@ -84,14 +84,15 @@ def compare(table: Table, setting: dict, args):
         f"networks of preset {args.preset}" + "".join(f", {item}" for item in args.set), **setting,
     )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        begun = started(setting, cache, "cold", table)
-        begun[0].close()
+        begun, _ = started(setting, cache, "cold", table)
+        example = begun("example")  # not of the process that is timed: a run computes nothing like it before its steps
+        begun.close()
         ours, compiled = started(setting, cache, "warm", table)
         with ours:
             memory = {"ours": ours("peak_memory")}
-            peer, note, memory["peer"] = start_peer(setting, ours("parameters"), args, remaining)
+            peer, note, memory["peer"] = start_peer(setting, example["params"], args, remaining)
             with peer:
-                same_losses(table, ours, peer)
+                same_losses(table, example, peer)
                 forms = {
                     "ours": lambda k: ours("run", k), "pytorch": lambda k: peer("run", k),
                     "pytorch_loop": lambda k: peer("run", k, "loop"),
@@ -147,9 +148,8 @@ def start_peer(setting, params, args, remaining):
         return start(), f"eager: torch.compile gave up ({reason[:80]})", memory
 
 
-def same_losses(table: Table, ours, peer):
-    """Both frameworks' losses on our views, dropout off; RemoteError when they are not the same."""
-    example = ours("example")
+def same_losses(table: Table, example: dict, peer):
+    """Both frameworks' losses on our views, dropout off; RemoteError when they are not the same. example: of Ours."""
     wanted, worst = example["losses"], 0.0
     for form, found in peer("losses", example).items():
         if found.keys() != wanted.keys():
