@@ -4,6 +4,8 @@ Functions act on ONE example and are vmapped by the batch functions at the end; 
 masks (h, w) in [0, 1]. Geometry moves image and mask together; colour moves the image only.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def warp(image, affine):
     """Bilinear resampling of (h, w, c) by an inverse map (2, 3); outside the frame the image is mirrored."""
     h, w, _ = image.shape
     y, x = jnp.meshgrid((jnp.arange(h) + 0.5) * 2 / h - 1, (jnp.arange(w) + 0.5) * 2 / w - 1, indexing="ij")
-    v, u = jnp.einsum("ij,jhw->ihw", affine, jnp.stack([y, x, jnp.ones_like(x)]))
+    v, u = (a[0] * y + a[1] * x + a[2] for a in affine)  # no product: an accelerator would round its factors
     row, col = (v + 1) * h / 2 - 0.5, (u + 1) * w / 2 - 0.5
     top, left = jnp.floor(row), jnp.floor(col)
     dy, dx = (row - top)[..., None], (col - left)[..., None]
@@ -88,15 +90,18 @@ def temperature(image, m):
     return jnp.clip(image * (1 + m * jnp.asarray([[[0.15, 0.0, -0.15]]])), 0.0, 1.0)
 
 
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32)
+
+
 def hue(image, m):
     """Turn colours about the grey axis by up to 25 degrees, in YIQ-like opponent space."""
     angle = m * jnp.deg2rad(25.0)
-    to_yiq = jnp.asarray([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     cos, sin, zero, one = jnp.cos(angle), jnp.sin(angle), jnp.zeros(()), jnp.ones(())
     turn = jnp.stack(
         [jnp.stack([one, zero, zero]), jnp.stack([zero, cos, -sin]), jnp.stack([zero, sin, cos])]
     )
-    return jnp.clip(image @ (jnp.linalg.inv(to_yiq) @ turn @ to_yiq).T, 0.0, 1.0)
+    exact = functools.partial(jnp.matmul, precision="highest")
+    return jnp.clip(exact(image, exact(np.linalg.inv(TO_YIQ), exact(turn, TO_YIQ)).T), 0.0, 1.0)
 
 
 def autocontrast(image, m):

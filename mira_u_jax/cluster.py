@@ -1,7 +1,8 @@
 """Several processes, one run: how they find each other, speak with one voice and end together.
 
     --coordinator=HOST:PORT --processes=N --process=I     by hand: N commands, HOST that of process 0
-    srun ..., or on every host of a TPU pod               nothing to say: JAX reads it from the launcher
+    srun ...                                              nothing to say: JAX reads it from the launcher
+    --cluster                                             on every host of a TPU pod: JAX asks where the others are
 
 One process needs none of this and gets none of it.
 """
@@ -18,9 +19,10 @@ import jax
 from mira_u_jax.errors import PREEMPTED, UserError
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None, *, timeout: int):
+def join(coordinator: str | None, processes: int | None, process: int | None, *, found: bool = False, timeout: int):
     """Join the run's other processes if the arguments or the launcher speak of any. Before anything touches a device.
 
+    found: whether to ask JAX for the others where no launcher that `launched` knows speaks of them.
     timeout: seconds after which one that does not come, or falls silent, counts as lost. Raises UserError for arguments
     that cannot be; ends the process when the others do not come.
     """
@@ -32,7 +34,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
         raise UserError(f"--process={process}: it must be below --processes={processes}")
     if not missing and not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={coordinator}: it must be HOST:PORT")
-    if missing and not launched():
+    if missing and not (found or launched()):
         return
     patience = threading.Timer(timeout, alone, [timeout])
     patience.daemon = True

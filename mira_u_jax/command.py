@@ -9,7 +9,7 @@ import threading
 import jax
 from absl import flags
 
-from mira_u_jax import cluster, memory
+from mira_u_jax import cluster
 from mira_u_jax.errors import UserError, exit_status
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -20,7 +20,7 @@ def run(body, *, required: tuple[str, ...] = (), rest: str = ""):
 
     required: flags that must be given; rest: the flag of several values that also takes what follows without a flag.
     """
-    argv, debug = sys.argv, "--debug" in sys.argv
+    argv, debug = sys.argv, bool({"--debug", "-debug", "--debug=true", "--debug=True"} & set(sys.argv))
 
     def checked():
         try:
@@ -69,8 +69,7 @@ def plain(error: Exception) -> UserError:
 
 
 def set_up():
-    """Keep compiled programs between runs (MIRA_U_CACHE names the folder), freed memory in a run, and libraries quiet."""
-    memory.keep_freed()
+    """Keep compiled programs between runs (MIRA_U_CACHE names the folder), and libraries quiet."""
     cache = os.environ.get("MIRA_U_CACHE") or pathlib.Path.home() / ".cache" / "mira_u_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

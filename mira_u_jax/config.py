@@ -12,7 +12,9 @@ from mira_u_jax.errors import UserError
 FILTERS = ("sigma", "probability", "entropy")
 FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
 # Keys, and branches of keys, that change no result: where data and parameters lie, what is kept, what is computed at once.
-TRANSPORT = ("data_dir", "data", "mesh", "train.keep", "teacher.chunk")
+TRANSPORT = (
+    "data_dir", "data", "mesh", "train.keep", "train.log_every", "train.save_every", "train.figures_every", "teacher.chunk",
+)
 
 # Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
 LATER = {
@@ -201,6 +203,8 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError(f"config key fold={config.fold}: {config.dataset} has none; write --config=configs/ph2.py:fold=N")
     if config.dataset == "ph2" and config.split == "dev":
         raise UserError("config key split=dev: PH2's folds have no development part, leave split out")
+    if (config.test == "folder") != (config.dataset == "folder"):
+        raise UserError(f"config key test={config.test}: a folder is measured on itself, and nothing else is on one")
     if config.dataset == "folder" and not (config.files.images and config.files.masks):
         raise UserError("config keys images and masks: write --config=configs/folder.py:images=DIR,masks=DIR")
     if config.dataset == "folder" and config.split == "dev":

@@ -19,21 +19,25 @@ NO_IMAGE = re.compile(  # what lies beside images in PH2's folders, and the outl
 )
 
 
+WRITTEN = re.compile(r"_(mask|overlay|sigma|probability)\.png$")  # by predict
+
+
 def find(inputs: Iterable[str], *, ignore=None) -> dict[str, common.File]:
     """id -> file of all images that `inputs` name, in their order.
 
     inputs: files, folders, zips or globs; "-" reads one such name a line from standard input. Of folders (with the folders
     in them), zips and globs: what is an image by its name; a file given as such is read whatever its name. Hidden files and
-    the outlines of ISIC and PH2 are never inputs. ignore: a folder to leave out, that of the output. The id is the name
-    without extension; where two share it, the path with / written as _. Raises UserError where nothing is left and for what
-    does not exist; a line of a list that does not exist is a file that cannot be read.
+    the outlines of ISIC and PH2 are never inputs. ignore: the folder of the output, of which what predict writes is left
+    out. The id is the name without extension; where two share it, the path with / written as _. Raises UserError where
+    nothing is left and for what does not exist; a line of a list that does not exist is a file that cannot be read.
     """
     inputs = list(inputs)
     listed = [line for line in sys.stdin.read().splitlines() if line.strip()] if "-" in inputs else []
     names = [(name, False) for name in inputs if name != "-"] + [(name, True) for name in listed]
     ignore = pathlib.Path(ignore).resolve() if ignore else None
+    written = lambda at: ignore in at.parents and WRITTEN.search(at.name)  # noqa: E731
     found = {_where(file): file for name, listed in names for file in _expand(name, listed)}
-    files = [file for at, file in found.items() if not NO_IMAGE.search(at.as_posix()) and ignore not in at.parents]
+    files = [file for at, file in found.items() if not NO_IMAGE.search(at.as_posix()) and not written(at)]
     if not files:
         raise UserError(f"--input={' '.join(inputs)}: no images there; give files, folders, zips or globs, or - for a list")
     return _named(files)

@@ -48,16 +48,18 @@ class Logger:
         self.pending.append(metrics)
 
     def flush(self, step: int):
-        """Write the mean since the last line and print progress. Raises FloatingPointError when the loss is not finite."""
+        """Write the mean since the last line and print progress. FloatingPointError where loss or gradient is not finite."""
         if not self.pending:
             return
         rows = jax.device_get(self.pending)
         self.pending = []
         for i, row in enumerate(rows):
-            if not np.isfinite(row["loss"]):
-                norms = ", ".join(f"{k[5:]} {v:.3g}" for k, v in row.items() if k.startswith("grad_"))
+            gradients = {k[5:]: v for k, v in row.items() if k.startswith("grad_")}
+            if not np.isfinite([row["loss"], *gradients.values()]).all():
+                norms = ", ".join(f"{name} {norm:.3g}" for name, norm in gradients.items())
+                what = "gradient" if np.isfinite(row["loss"]) else "loss"
                 raise FloatingPointError(
-                    f"{self.stage}: the loss is not finite at step {step - len(rows) + 1 + i} (gradient norms: {norms});"
+                    f"{self.stage}: the {what} is not finite at step {step - len(rows) + 1 + i} (gradient norms: {norms});"
                     " lower optim.lr, or look at the images of that step"
                 )
         mean = {name: value for name in rows[0] if (value := mean_of([row[name] for row in rows])) is not None}

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from mira_u_jax import cluster, command, config, evaluate, replicates, sharding, train
+from mira_u_jax import cluster, command, config, evaluate, memory, replicates, sharding, train
 from mira_u_jax.errors import UserError
 from mira_u_jax.workdir import claimed
 
@@ -23,6 +23,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs
 SEEDS = flags.DEFINE_integer("seeds", 1, "Run so many seeds, a process each, in DIR/seed<k>.", lower_bound=1)
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes make one run.")
+CLUSTER = flags.DEFINE_bool("cluster", False, "Join the other processes that JAX finds by itself, as on a TPU pod.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes make the run.", lower_bound=1)
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 TIMEOUT = flags.DEFINE_integer("cluster_timeout", 100, "Seconds after which a silent process counts as lost.", lower_bound=5)
@@ -38,9 +39,10 @@ def main():
         if PROCESSES.value:
             raise UserError("--seeds: each seed is a process of its own, so leave --processes out")
         sys.exit(replicates.run(sys.argv[1:], workdir, range(resolved.seed, resolved.seed + SEEDS.value)))
-    if PROCESSES.value is None and not cluster.launched():
+    memory.keep_freed()
+    if PROCESSES.value is None and not (CLUSTER.value or cluster.launched()):
         sharding.use_cores(resolved)
-    cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=TIMEOUT.value)
+    cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, found=CLUSTER.value, timeout=TIMEOUT.value)
     cluster.say(f"workdir {workdir}")
     with claimed(workdir) if cluster.first() else contextlib.nullcontext():
         train.run(resolved, workdir)

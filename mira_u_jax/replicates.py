@@ -15,7 +15,10 @@ FORCED = r"--xla_force_host_platform_device_count=\d+"
 VISIBLE = {
     "gpu": lambda i: {"CUDA_VISIBLE_DEVICES": i},
     "tpu": lambda i: {"TPU_VISIBLE_CHIPS": i, "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"},
-    "cpu": lambda i: {"XLA_FLAGS": re.sub(FORCED, f"{FORCED[:-3]}1", os.environ.get("XLA_FLAGS", ""))},
+    "cpu": lambda i: {
+        "XLA_FLAGS": re.sub(FORCED, f"{FORCED[:-3]}1", os.environ.get("XLA_FLAGS", "")),
+        **({"JAX_NUM_CPU_DEVICES": "1"} if "JAX_NUM_CPU_DEVICES" in os.environ else {}),
+    },
 }
 
 

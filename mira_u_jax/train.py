@@ -210,6 +210,8 @@ def facts() -> dict:
     root = pathlib.Path(__file__).parent.parent
 
     def git(*args):
+        if not (root / ".git").exists():  # installed, maybe in a folder that is in somebody else's repository
+            return ""
         try:
             return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True).stdout.strip()
         except OSError:  # no git on this machine

@@ -217,5 +217,6 @@ def test_fingerprint_ignores_only_where_things_lie_and_how_many_are_kept():
         new = (not value) if isinstance(value, bool) else value + {str: "x", list: [1]}.get(type(value), 1)
         configuration.update(other, {dotted: new})
         idle = dotted in ("files.holdout", "files.skip")  # nothing to hold out from, or to skip, without a folder
-        transport = dotted.split(".")[0] in ("data_dir", "data", "mesh") or dotted in ("train.keep", "teacher.chunk")
+        transport = dotted.split(".")[0] in ("data_dir", "data", "mesh") or dotted == "teacher.chunk"
+        transport |= dotted in [f"train.{name}" for name in ("keep", "log_every", "save_every", "figures_every")]
         assert (configuration.fingerprint(other) == before) == (transport or idle), dotted

@@ -95,6 +95,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path, lo
     assert [r["step"] for r in lines(tmp_path)] == [4]
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
+    logger = make(tmp_path)
+    add(logger, {"loss": 1.0, "grad_student": 0.5}, {"loss": 1.0, "grad_student": NAN})
+    with pytest.raises(FloatingPointError, match="gradient is not finite at step 2"):
+        logger.flush(2)
+    assert not lines(tmp_path)
+
+
 def test_another_metric_that_is_not_a_number_does_not_stop_the_run(tmp_path):
     logger = make(tmp_path)
     add(logger, {"loss": 1.0, "kept_ece": NAN})

@@ -90,6 +90,13 @@ def test_the_output_is_no_input(photos):
     assert ids(photos, ignore=photos / "out") == ["a", "b", "c"]
 
 
+def test_images_may_lie_where_the_output_goes(photos):
+    for what in ("mask", "overlay", "sigma", "probability"):
+        draw(photos / f"a_{what}.png")
+    assert ids(photos, ignore=photos) == ids(photos, ignore=photos.parent) == ["a", "b", "c"]
+    assert ids(photos / "a.png", ignore=photos) == ["a"]
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "*.tiff"])
 def test_nothing_to_predict_is_said(tmp_path, name):
     (tmp_path / "empty").mkdir()
