@@ -244,8 +244,8 @@ CASES = {  # what is wrong -> a function of an empty folder that makes it and gi
     "evaluation before a checkpoint": measured,
     "a config.json that is no object": lambda f: measured(f, config="[]"),
     "a checkpoint of pickled payloads": pickled,
-    "prediction with an empty workdir": lambda f: (PREDICT, [f"--workdir={f}", f"--input={f}", f"--output={f}/masks"]),
-    "export of an empty workdir": lambda f: (EXPORT, [f"--workdir={f}", f"--output={f}/net"]),
+    "prediction of nothing": lambda f: (PREDICT, [f"--workdir={f}", f"--input={f}", f"--output={f}/masks"]),
+    "export without a name for the file": lambda f: (EXPORT, [f"--workdir={f}", f"--output={f}/net"]),
     "a report of nothing": lambda f: (REPORT, [f"--runs={f}", f"--output={f}/report"]),
     # what is written
     "a report where a file lies": lambda f: below(f, REPORT, "--runs=results/synthetic", "--output={}"),

@@ -186,7 +186,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "picked = [i for i, id in enumerate(ids)]", "tests/files_test.py -k held_out"),
     ("test images come in under another name", "data.py", "if fingerprint(pixels) in prints else None",
      "if fingerprint(pixels) in () else None", "tests/files_test.py -k extra"),
-    ("masks of PH2 are predicted on", "inputs.py", "if not NO_IMAGE.search(at.as_posix()) and ignore", "if ignore",
+    ("masks of PH2 are predicted on", "inputs.py", "if not NO_IMAGE.search(at.as_posix()) and not", "if not",
      "tests/predict_test.py -k outlines_of"),
     ("sigma on the mask's file", "predict.py", 'save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)',
      'save(output / f"{item.id}_mask.png", (sigma * 510).astype(np.uint8))', "tests/predict_test.py -k lie_on"),

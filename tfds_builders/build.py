@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if args.debug:
             raise
+        if isinstance(e, (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)) and e.filename:
+            e = DataError(f"{e.filename}: {e.strerror}; give another path")
         text = " ".join(str(e).split())
         print(f"error: {text}" if isinstance(e, DataError) else f"error: {type(e).__name__}: {text}", file=sys.stderr)
         return 2 if isinstance(e, DataError) else 1
