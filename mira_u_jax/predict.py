@@ -150,8 +150,8 @@ def save(path: pathlib.Path, pixels: np.ndarray):
 
 def overlay(pixels: np.ndarray, mask: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """uint8 (h, w, 3): the image, red where sigma (h, w) is high, and the outline of mask (h, w)."""
-    red = (np.clip(sigma / 0.3, 0, 1) * 0.6)[..., None]  # .3, as the pictures of a training run
-    drawn = np.ascontiguousarray((pixels * (1 - red) + np.array([255, 0, 0], np.float32) * red.astype(np.float32)).astype(np.uint8))
+    red = (np.clip(sigma / 0.3, 0, 1) * 0.6).astype(np.float32)[..., None]  # .3, as the pictures of a training run
+    drawn = np.ascontiguousarray((pixels * (1 - red) + np.array([255, 0, 0], np.float32) * red).astype(np.uint8))
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     width = max(round(max(mask.shape) / 400), 1)
     cv2.drawContours(drawn, outlines, -1, (0, 0, 0), 3 * width)  # a dark rim, to be seen on any skin
