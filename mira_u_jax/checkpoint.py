@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from mira_u_jax import cluster
 from mira_u_jax.errors import UserError
 
 
@@ -47,7 +48,8 @@ def restore(manager: Manager, like):
     Damaged ones that are newer are removed: the run makes them again. Raises OSError when none is intact.
     """
     like = jax.tree.map(abstract, like)
-    step, state = newest_intact(manager, lambda step: manager.restore(step, args=ocp.args.StandardRestore(like)))
+    load = lambda step: manager.restore(step, args=ocp.args.StandardRestore(like))  # noqa: E731
+    step, state = newest_intact(manager, load, anywhere=cluster.anywhere)
     for newer in [s for s in manager.all_steps() if step is not None and s > step]:
         manager.delete(newer)
     return state
@@ -75,19 +77,22 @@ def load_ema(workdir, like_ema) -> dict:
     return tree["ema"]
 
 
-def newest_intact(manager: Manager, load) -> tuple[int | None, Any]:
+def newest_intact(manager: Manager, load, *, anywhere=bool) -> tuple[int | None, Any]:
     """(step, load(step)) of the newest checkpoint whose arrays are those that were saved; (None, None) if there is none.
 
-    Says which ones it passes over. Raises OSError when there are some and none is intact: a run never starts again in
-    silence.
+    anywhere: cluster.anywhere where all processes load together, so that what one of them cannot read all pass over. Says
+    which ones it passes over. Raises OSError when there are some and none is intact: a run never starts again in silence.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
+        wrong = ""
         try:
-            tree = load(step)
-            wrong = differing(tree, manager.metadata(step).custom_metadata)
+            tree, metadata = load(step), manager.metadata(step).custom_metadata
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes orbax raise
             wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if anywhere(wrong) and not wrong:  # before the checksums, for which all processes must ask
+            wrong = "another process cannot read it"
+        wrong = wrong or differing(tree, metadata)
         if not wrong:
             return step, tree
         print(f"checkpoint {manager.directory / str(step)} is damaged ({wrong[:150]}); looking at older ones", flush=True)

@@ -15,6 +15,8 @@ import threading
 import time
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mira_u_jax.errors import PREEMPTED, UserError
 
@@ -77,6 +79,17 @@ def meet(where: str):
     """Go on when every process has come here."""
     if jax.distributed.is_initialized():
         client().wait_at_barrier(where, timeout_in_ms=24 * 3600 * 1000)
+
+
+QUESTIONS = itertools.count()  # a barrier's name serves once
+
+
+def anywhere(flag) -> bool:
+    """Whether `flag` is true in any process. All of them must ask, one question at a time."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    meet(f"question {next(QUESTIONS)}")  # by the coordinator, which waits as long as it takes; gloo gives up after 30 s
+    return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
 
 
 # --- the end ------------------------------------------------------------------------------------------------------------

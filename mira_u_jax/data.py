@@ -9,18 +9,19 @@ import hashlib
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mira_u_jax import files
+from mira_u_jax import files, inputs
 from mira_u_jax.errors import UserError
 from tfds_builders import build, common
 from tfds_builders.common import DataError
 from tfds_builders.isic2016 import isic2016_dataset_builder
 
+UNDECODED = dict.fromkeys(("image", "mask"), tfds.decode.SkipDecoding())
 DATASETS = {"isic2016": "isic2016", "ph2": "ph2", "synthetic": "synthetic_lesions", "synthetic_lesions": "synthetic_lesions"}
 
 
@@ -82,8 +83,7 @@ def training_set(config) -> TrainingSet:
     if config.dataset == "ph2" and config.fold < 0:
         raise UserError("config key fold: PH2 has no training part, choose fold=0..4 to train on the other four folds")
     part = "test" if config.dataset == "ph2" else "train"
-    undecoded = dict.fromkeys(("image", "mask"), tfds.decode.SkipDecoding())
-    facts = list(builder.as_data_source(split=part, decoders=undecoded))
+    facts = list(builder.as_data_source(split=part, decoders=UNDECODED))
     # PH2 has no official list here: its ranks, and so its budget, are over the images present.
     official = len(facts) if config.dataset == "ph2" else builder.info.metadata["official"][part]
     picked = np.array([i for i, row in enumerate(facts) if in_pool(row, config)], np.int32)
@@ -128,14 +128,13 @@ def folder_set(config) -> TrainingSet:
 def extra_images(config, builder) -> files.Found:
     """The images of config.files.extra but those that are measured on: equal in id or, decoded and squashed, in pixels."""
     size = builder.builder_config.size
-    undecoded = dict.fromkeys(("image", "mask"), tfds.decode.SkipDecoding())
     ids, prints = set(isic2016_dataset_builder.official_ids("test")), set()
 
     def fingerprint(pixels):
         return hashlib.sha256(common.squash(pixels, size) if size else pixels).digest()
 
     for part in ("train", "test")[config.split == "test" :]:
-        for row in builder.as_data_source(split=part, decoders=undecoded):
+        for row in builder.as_data_source(split=part, decoders=UNDECODED):
             if part == "test" or row["dev"]:
                 ids.add(row["id"].decode())
                 prints.add(fingerprint(np.asarray(common.decode(row["image"], row["id"]).convert("RGB"))))
@@ -164,32 +163,49 @@ def in_pool(row, config) -> bool:
     return config.split == "test" or not row["dev"]
 
 
-def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Iterator[Example]:
-    """The images of one evaluation, one at a time.
+class Examples(Sequence):
+    """The images of one evaluation, each decoded when it is asked for: `read` of one of `keys`."""
+
+    def __init__(self, read: Callable[..., Example], keys: Sequence):
+        self.read, self.keys = read, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i) -> Example:
+        return self.read(self.keys[i])
+
+
+def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Examples:
+    """The images of one evaluation.
 
     name: a data set or a folder with images/ and masks/. split="dev": the development part of the training images;
-    "test": the test part (PH2: all 200, or the run's own fold when it was trained in-domain). Raises UserError, DataError.
+    "test": the test part (PH2: all 200, or the run's own fold when it was trained in-domain). Raises UserError, DataError,
+    also when an image is asked for.
     """
     if name == config.dataset == "folder":
-        yield from held_out_examples(config)
-        return
+        return held_out_examples(config)
     if name not in DATASETS:
-        yield from folder(pathlib.Path(name), config.size)
-        return
+        return folder(pathlib.Path(name), config.size)
     name = DATASETS[name]
     if split == "dev" and name == "ph2":
         raise UserError("split=dev: PH2 has no development part, use split=test")
-    builder = prepared(name, config.size, data_dir)
-    for row in builder.as_data_source(split="train" if split == "dev" else "test"):
-        if split == "dev" and not row["dev"]:
-            continue
-        if name == config.dataset == "ph2" and row["fold"] != config.fold:
-            continue
-        yield Example(row["id"].decode(), common.squash(row["image"], config.size), row["mask"][..., 0] > 127)
+    builder, part = prepared(name, config.size, data_dir), "train" if split == "dev" else "test"
+    source = builder.as_data_source(split=part)
+
+    def measured(row):
+        return row["fold"] == config.fold if name == config.dataset == "ph2" else split != "dev" or row["dev"]
+
+    def read(i):
+        row = source[i]
+        return Example(row["id"].decode(), common.squash(row["image"], config.size), row["mask"][..., 0] > 127)
+
+    facts = builder.as_data_source(split=part, decoders=UNDECODED)
+    return Examples(read, [i for i, row in enumerate(facts) if measured(row)])
 
 
-def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
-    """Examples of path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES."""
+def folder(path: pathlib.Path, size: int) -> Examples:
+    """path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES."""
     for part in ("images", "masks"):
         if not (path / part).is_dir():
             raise UserError(
@@ -197,28 +213,28 @@ def folder(path: pathlib.Path, size: int) -> Iterator[Example]:
             )
 
     def by_id(part):
-        return common.by_id((files.id_of(f.name, outline=part == "masks"), f) for f in common.Source(path / part).files())
+        found = common.Source(path / part, links=True).files()
+        return common.by_id((files.id_of(f.name, outline=part == "masks"), f) for f in found if inputs.is_image(f.name))
 
     pairs = common.pair(by_id("images"), by_id("masks"), "every image needs one mask of the same name")
-    inverted = 0
-    for stem, pair in pairs.items():
-        found = example(stem, *pair, size)
-        inverted += common.looks_inverted(found.mask)
-        yield found
-    if inverted > len(pairs) / 2:
-        print(f"warning: in most of {path / 'masks'} the rim is lesion; lesion must be white, skin black", flush=True)
+    return Examples(lambda id: example(id, *pairs[id], size), list(pairs))
 
 
-def held_out_examples(config) -> Iterator[Example]:
-    """Examples of the outlined images of a folder that the run did not train on."""
-    found = files.pairs(config.files.images, config.files.masks)
-    held = {id: pair for id, pair in found.items() if files.held_out(id, config.files.holdout)}
-    for id, pair in held.items():
+def held_out_examples(config) -> Examples:
+    """The outlined images of a folder that the run did not train on; with files.skip without those that are wrong."""
+    pairs = {id: pair for id, pair in files.pairs(config.files.images, config.files.masks).items()
+             if files.held_out(id, config.files.holdout)}
+
+    def read(id):
+        return example(id, *pairs[id], config.size)
+
+    def sound(id):
         try:
-            yield example(id, *pair, config.size)
+            return bool(read(id))
         except (DataError, UserError):
-            if not config.files.skip:
-                raise
+            return False
+
+    return Examples(read, [id for id in pairs if not config.files.skip or sound(id)])
 
 
 def measurable(config) -> bool:

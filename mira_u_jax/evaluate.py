@@ -22,6 +22,8 @@ from mira_u_jax.trained import Predictor, at_size
 from tfds_builders import common
 
 LABELLED = 256  # at most so many labelled images fit the temperature
+
+
 def to_logits(p: np.ndarray) -> np.ndarray:
     """Logits of probabilities, within +-13.8: what is averaged has no sure pixel."""
     return logit(np.clip(p, 1e-6, 1 - 1e-6))
@@ -43,21 +45,25 @@ def evaluate(
     split = split or (settings.split if own else "test")
     data_dir = data_dir or settings.data_dir
     examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir)
-    rows, tables, seen = [], [], []
+    rows, tables, inverted = [], [], 0
     for example, found in predictor(examples):
         row, table = measure(found, example.mask)
         rows.append({"id": example.id} | row)
         tables.append(table)
-        truth = common.squash(example.mask.astype(np.uint8) * 255, settings.size)
-        seen.append((example.id, example.image, truth, found["logits"], found["sigma"]))
+        inverted += common.looks_inverted(example.mask)
     if not rows:
         raise UserError(f"--dataset={name}: no images to evaluate")
+    if inverted > len(rows) / 2:
+        print(f"warning: in most masks of {name} the rim is lesion; lesion must be white, skin black", flush=True)
     if images_csv:
         write_rows(images_csv, rows)
     label = data.DATASETS.get(name, name)
     kept = f"{pathlib.Path(label).name}_{split}_{predictor.name}"
-    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", seen, [row["dice"] for row in rows])
-    keep_worst(pathlib.Path(workdir) / "cases" / kept, seen, rows)
+    dice = np.array([row["dice"] for row in rows])
+    some, lowest = best_middle_worst(dice), np.argsort(dice, kind="stable")[: worst.KEPT].tolist()
+    seen = look_again(predictor, examples, {*some, *lowest})
+    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", [seen[i] for i in some], dice[some])
+    keep_worst(pathlib.Path(workdir) / "cases" / kept, [seen[i] for i in lowest], lowest, rows)
     fitted = temperature(workdir, predictor, data_dir, at_hand=own, refit=refit)
     found = summary(rows, tables, fitted.get("temperature"))
     about = {"dataset": label, "split": split, "network": network, "flips": predictor.flips, "passes": predictor.passes}
@@ -95,19 +101,21 @@ AVERAGED = (
 
 def summary(rows: list[dict], tables: list[dict], temperature: float | None = None) -> dict:
     """The figures of all images from those of each (`measure`); the calibrated ones only with a temperature."""
-    stacked = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
+    def curves(part, temperature=1.0):
+        return np.stack([calibration.reliability(table[part], temperature) for table in tables])
+
     pooled = {}
     for part, ending in (("all", ""), ("band", "_band")):
-        pooled[f"ece{ending}"] = (calibration.ece, calibration.reliability(stacked[part]))
+        pooled[f"ece{ending}"] = (calibration.ece, curves(part))
         if temperature:
-            pooled[f"ece{ending}_calibrated"] = (calibration.ece, calibration.reliability(stacked[part], temperature))
+            pooled[f"ece{ending}_calibrated"] = (calibration.ece, curves(part, temperature))
     each = {name: np.array([row[name] for row in rows]) for name in AVERAGED}
     found = metrics.summary(np.array([[row[name] for name in COUNTED] for row in rows]), each=each, pooled=pooled)
     return found | {
         "temperature": temperature,
         "reliability": calibration.curve(pooled["ece"][1].mean(0), "p", "lesion"),
         "reliability_band": calibration.curve(pooled["ece_band"][1].mean(0), "p", "lesion"),
-        "error_by_sigma": calibration.curve(stacked["sigma"].mean(0), "sigma", "wrong"),
+        "error_by_sigma": calibration.curve(np.mean([table["sigma"] for table in tables], 0), "sigma", "wrong"),
     }
 
 
@@ -133,26 +141,38 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
     return found
 
 
-def cases(path, seen, dice, *, each: int = 2):
-    """Draw the best, middle and worst images by Dice; seen: (id, image, truth, logits, sigma) of each, all s x s."""
-    ranked = np.argsort(-np.asarray(dice), kind="stable")
+def best_middle_worst(dice, *, each: int = 2) -> list[int]:
+    """Places of the images to be drawn, `each` of the best, of the middle and of the worst, no image twice."""
+    ranked = np.argsort(-np.asarray(dice), kind="stable").tolist()
     middle = len(ranked) // 2
-    picked = list(dict.fromkeys([*ranked[:each], *ranked[middle : middle + each], *ranked[-each:]]))
-    ids, images, truths, logits, sigma = zip(*(seen[i] for i in picked), strict=True)
+    return list(dict.fromkeys([*ranked[:each], *ranked[middle : middle + each], *ranked[-each:]]))
+
+
+def look_again(predictor: Predictor, examples, picked) -> dict[int, tuple]:
+    """(id, image, truth, logits, sigma) of a few images by place, all s x s: the maps of the others were never kept."""
+    again, size = sorted(picked), predictor.settings.size
+    return {
+        i: (e.id, e.image, common.squash(e.mask.astype(np.uint8) * 255, size), found["logits"], found["sigma"])
+        for i, (e, found) in zip(again, predictor(examples[i] for i in again), strict=True)
+    }
+
+
+def cases(path, seen, dice):
+    """Draw a few images beneath each other; seen: what `look_again` found of each, dice: theirs."""
+    ids, images, truths, logits, sigma = zip(*seen, strict=True)
     columns = {
         "image": np.stack(images) / 255, "truth": np.stack(truths) / 255, "probability": expit(np.stack(logits)),
         "sigma": np.stack(sigma), "prediction": np.stack(logits) > 0,
     }
-    figures.panel(path, columns, [f"{name}\nDice {dice[i]:.3f}" for name, i in zip(ids, picked, strict=True)])
+    figures.panel(path, columns, [f"{name}\nDice {value:.3f}" for name, value in zip(ids, dice, strict=True)])
 
 
-def keep_worst(folder, seen, rows):
-    """The images with the lowest Dice, for a page of runs; seen as for `cases`, rows: the figures of each image."""
-    picked = np.argsort([row["dice"] for row in rows], kind="stable")[: worst.KEPT]
-    _, images, truths, logits, sigma = (np.stack(part) for part in zip(*(seen[i] for i in picked), strict=True))
+def keep_worst(folder, seen, lowest: list[int], rows):
+    """The images with the lowest Dice, for a page of runs; seen: what `look_again` found of each, rows: of all images."""
+    _, images, truths, logits, sigma = (np.stack(part) for part in zip(*seen, strict=True))
     maps = {"image": images, "truth": truths / 255, "prediction": expit(logits), "sigma": sigma}
     names = ("dice", "iou", "precision", "recall", "hd95", "sigma")
-    worst.write(folder, [row["id"] for row in rows], {name: [row[name] for row in rows] for name in names}, picked, maps)
+    worst.write(folder, [row["id"] for row in rows], {name: [row[name] for row in rows] for name in names}, lowest, maps)
 
 
 def table(result: dict) -> str:
@@ -163,6 +183,20 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def measured_on(settings) -> str:
+    """The data set that a run is measured on at its end."""
+    return settings.dataset if settings.split == "dev" else settings.test
+
+
+def find_images(settings):
+    """Find what the run will be measured on, so that hours of training do not end in its absence. UserError, DataError.
+
+    All files of a folder are looked at when training begins.
+    """
+    if (name := measured_on(settings)) != "folder":
+        data.evaluation_set(name, settings, split=settings.split, data_dir=settings.data_dir)
+
+
 def finish(workdir):
     """What main ends with, on the configuration's own test set: DIR/evaluation.json, evaluation.txt and result.json.
 
@@ -170,7 +204,7 @@ def finish(workdir):
     figures of each image, for paired statistics, are in DIR/evaluation_images.csv.
     """
     workdir, settings = pathlib.Path(workdir), config.load(workdir)
-    name = settings.dataset if settings.split == "dev" else settings.test
+    name = measured_on(settings)
     if name == "folder" and not data.measurable(settings):
         print("no outlined image is held out (holdout): nothing is measured", flush=True)
         return

@@ -158,7 +158,7 @@ def _listed(path, key: str) -> tuple[dict[str, list[File]], list[str]]:
     if not path.exists():
         raise UserError(f"config key {key}={path}: no such folder (where a path holds a comma: --config.files.{key}=DIR)")
     found, ignored = collections.defaultdict(list), []
-    for file in common.Source(path).files():
+    for file in common.Source(path, links=True).files():
         if not inputs.is_image(file.name) or key != "masks" and inputs.NO_IMAGE.search(file.name):
             ignored.append(str(file))
             continue

@@ -46,7 +46,7 @@ def find(inputs: Iterable[str], *, ignore=None) -> dict[str, common.File]:
 def _expand(name: str, listed: bool = False) -> list[common.File]:
     path = pathlib.Path(name).expanduser()
     if path.is_dir() or path.suffix.lower() == ".zip" and path.is_file():
-        return [file for file in common.Source(path).files() if is_image(file.name)]
+        return [file for file in common.Source(path, links=True).files() if is_image(file.name)]
     found = [] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
     if path.is_file() or listed and not found:
         return [common.File(_Folder(path.parent), path.name)]

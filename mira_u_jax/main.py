@@ -45,6 +45,8 @@ def main():
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, found=CLUSTER.value, timeout=TIMEOUT.value)
     cluster.say(f"workdir {workdir}")
     with claimed(workdir) if cluster.first() else contextlib.nullcontext():
+        if cluster.first():
+            evaluate.find_images(resolved)
         train.run(resolved, workdir)
         if cluster.first():
             evaluate.finish(workdir)

@@ -205,13 +205,35 @@ def test_fits(tmp_path):
     }
     for size in (64, 128):
         found[size, 8, 4] |= dict.fromkeys(grid.ALONE, 0.1) | {"student": size**2.0, "teacher": size**3.0}
-    grid.fits(table, found, (64, 128), (2, 8), (4, 8))
+    found |= {(64, 1, 4): {"seconds": 9.0}}  # hears the ViT alone: no point of a line
+    grid.fits(table, found, ", float32")
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert rows["slope in M, 64 px, B = 4"]["slope"] == pytest.approx(0.08)
-    assert rows["slope in M, 64 px, B = 4"]["standalone"] == pytest.approx(0.1)
-    assert rows["slope in B, 128 px, M = 8"]["slope"] == pytest.approx(1.04)
+    assert rows["slope in M, 64 px, B = 4, float32"]["slope"] == pytest.approx(0.08)
+    assert rows["slope in M, 64 px, B = 4, float32"]["standalone"] == pytest.approx(0.1)
+    assert rows["slope in B, 128 px, M = 8, float32"]["slope"] == pytest.approx(1.04)
     assert rows["power of pixels, student"]["power"] == pytest.approx(1.0)
     assert rows["power of pixels, teacher"]["power"] == pytest.approx(1.5)
+
+
+def test_the_axes_of_the_grid_cross_at_the_base_and_each_has_its_line():
+    assert grid.BASE in grid.AXES and set(grid.AXES) < set(grid.FULL) and len(grid.FULL) == 72
+    for axis, name in enumerate(("sizes", "passes", "batches", "precisions")):
+        rest = [s[:axis] + s[axis + 1 :] for s in grid.AXES]
+        assert rest.count(grid.BASE[:axis] + grid.BASE[axis + 1 :]) >= 2, name
+
+
+@pytest.mark.slow
+def test_the_grid_end_to_end(tmp_path, monkeypatch):
+    """Two sizes, two M and a setting that cannot be, at a toy size: rows, and the fits of what is there."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setattr(grid, "BASE", (32, 2, 2, "float32"))
+    settings = [(32, 2, 2, "float32"), (32, 4, 2, "float32"), (64, 2, 2, "float32"), (33, 2, 2, "float32")]
+    table = bench.Table(str(tmp_path / "rows.json"))
+    grid.measure(table, "smoke", [], seconds=0.1, settings=settings)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["33 px, M = 2, B = 2, float32"]["result"] == "failed"
+    assert rows["slope in M, 32 px, B = 2, float32"]["standalone"] > 0
+    assert {"power of pixels, student", "power of pixels, teacher"} < rows.keys()
 
 
 @pytest.mark.slow

@@ -110,6 +110,23 @@ def test_values_that_decode_but_are_others_are_found(saved, monkeypatch):
     is_step(restore(saved), 2)
 
 
+def test_what_one_process_cannot_read_all_pass_over_and_none_asks_the_others_alone(saved, monkeypatch, capsys):
+    """Two processes of one run: this one reads all, the other fails at step 3. Checksums are a question to all, too."""
+    asked = []
+
+    def anywhere(wrong):
+        asked.append("anywhere")
+        return bool(wrong) or len(asked) == 1
+
+    monkeypatch.setattr(checkpoint.cluster, "anywhere", anywhere)
+    checksums = checkpoint.checksums
+    monkeypatch.setattr(checkpoint, "checksums", lambda tree: asked.append("checksums") or checksums(tree))
+    is_step(restore(saved), 2)
+    assert asked == ["anywhere", "anywhere", "checksums"]
+    assert "train/3 is damaged (another process cannot read it)" in capsys.readouterr().out
+    assert steps_in(saved) == [2]
+
+
 def test_when_none_is_intact_the_run_ends_and_nothing_is_removed(saved):
     for step in (2, 3):
         truncated(files(saved, step)[0])

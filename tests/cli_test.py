@@ -103,6 +103,13 @@ def test_mask_of_another_size(tmp_path):
     refused(train(zips(tmp_path, ISIC_0000012=(None, other))), "ISIC_0000012_Segmentation.png", "81x60")
 
 
+def test_a_missing_test_set_is_said_before_anything_is_trained(tmp_path):
+    run = tmp_path / "run"
+    arg = f"--config=configs/ph2.py:frac=1,preset=smoke,data_dir={zips(tmp_path)}"
+    refused(main(arg, f"--workdir={run}"), "PH2 is not in", "manual_dir")
+    assert not (run / "checkpoints").exists()
+
+
 def test_workdir_of_another_run_is_kept(tmp_path):
     (tmp_path / "run").mkdir()
     config = tmp_path / "run" / "config.json"

@@ -233,6 +233,38 @@ def test_a_run_from_before_the_keys_is_measured_as_they_default(run, tmp_path):
     assert predictor.passes == 8 and not predictor.flips
 
 
+def test_only_the_images_that_are_drawn_are_looked_at_again(run, folder, measured):
+    predictor, examples = trained.Predictor(run), data.folder(folder, 32)
+    dice = np.array([float(row["dice"]) for row in measured[1]])
+    picked = evaluate.best_middle_worst(dice, each=1)
+    assert len(set(picked)) == 3 and np.argmax(dice) == picked[0] and dice[picked[-1]] == dice.min()
+    seen = evaluate.look_again(predictor, examples, picked)
+    maps = [found for _, found in predictor(examples)]
+    assert seen.keys() == set(picked)
+    for i, (id, image, truth, logits, sigma) in seen.items():
+        assert id == str(i) and (image == examples[i].image).all() and truth.shape == (32, 32)
+        np.testing.assert_array_equal(logits, maps[i]["logits"])
+        np.testing.assert_array_equal(sigma, maps[i]["sigma"])
+    kept = json.loads(next((run / "cases").glob("*/cases.json")).read_text())["cases"]
+    pictures = sorted((row for row in kept if "picture" in row), key=lambda row: row["picture"])
+    assert len(kept) == len(pictures) == 7 and [row["dice"] for row in pictures] == sorted(row["dice"] for row in kept)
+    np.testing.assert_allclose([row["dice"] for row in kept], dice, atol=1e-4)
+
+
+def test_masks_of_the_other_polarity_are_told_of(run, folder, tmp_path, capsys):
+    (tmp_path / "images").symlink_to(folder / "images")
+    (tmp_path / "masks").mkdir()
+    for i in range(7):
+        mask = np.pad(np.full((28, 40), 255, np.uint8), ((10, 10), (20, 20)))
+        Image.fromarray(255 - mask if i < 4 else mask).save(tmp_path / "masks" / f"{i}.png")
+    evaluate.evaluate(run, str(tmp_path))
+    assert "warning: in most masks" in capsys.readouterr().out
+    for i in range(4):  # a lesion that fills the picture is no mistake
+        Image.fromarray(np.full((48, 80), 255, np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+    evaluate.evaluate(run, str(tmp_path))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_development_images_that_a_run_has_learnt_from_are_not_measured_on(smoke_run):
     with pytest.raises(UserError, match="--split=dev: this run has trained on"):
         evaluate.evaluate(smoke_run, "isic2016", split="dev")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mira_u_jax import data
+from mira_u_jax import data, files
 from tfds_builders import common
-from tfds_builders.common import DataError
+from tfds_builders.common import DataError, Source
 
 LESION = np.pad(np.full((20, 30), 255, np.uint8), ((20, 20), (25, 25)))  # 60 x 80
 SKIN = np.where(LESION[..., None] > 0, [90, 60, 50], [210, 170, 150]).astype(np.uint8)
@@ -107,20 +107,25 @@ def test_names_with_spaces_umlauts_and_upper_case_extensions(tmp_path):
     assert all((e.mask == (LESION > 0)).all() for e in examples)
 
 
-def test_masks_of_the_other_polarity_are_told_of(tmp_path, capsys):
-    list(data.folder(folder(tmp_path, {"a": 255 - LESION, "b": 255 - LESION, "c": LESION}), 32))
-    assert "warning" in capsys.readouterr().out
-    large = np.full_like(LESION, 255)  # a lesion that fills the picture is no mistake
-    (tmp_path / "other").mkdir()
-    list(data.folder(folder(tmp_path / "other", {"a": large, "b": LESION}), 32))
-    assert "warning" not in capsys.readouterr().out
-
-
 def test_links_inside_a_folder_are_files(tmp_path):
     folder(tmp_path, {"a": LESION})
     (tmp_path / "images" / "b.JPG").symlink_to(tmp_path / "images" / "a.JPG")
     (tmp_path / "masks" / "b.png").symlink_to("a.png")
     assert [e.id for e in data.folder(tmp_path, 32)] == ["a", "b"]
-    (tmp_path / "masks" / "c.png").symlink_to("/etc/hostname")
-    with pytest.raises(DataError, match="c.png is a link out of the folder"):
-        list(data.folder(tmp_path, 32))
+
+
+def test_a_persons_own_folder_may_hold_links_to_anywhere_and_files_that_are_no_images(tmp_path):
+    store, mine = tmp_path / "store", tmp_path / "mine"
+    store.mkdir()
+    mine.mkdir()
+    folder(store, {"a": LESION, "b": LESION})
+    folder(mine, {"a": LESION})
+    (mine / "images" / "b.JPG").symlink_to(store / "images" / "b.JPG")
+    (mine / "masks" / "b.png").symlink_to(store / "masks" / "b.png")
+    (mine / "images" / "Thumbs.db").write_bytes(b"x")
+    (mine / "masks" / "README.txt").write_text("outlines by two readers")
+    assert [e.id for e in data.folder(mine, 32)] == ["a", "b"]
+    found = files.check(mine / "images", mine / "masks")
+    assert list(found.masks) == ["a", "b"] and not found.wrong
+    with pytest.raises(DataError, match="b.JPG is a link out of the folder"):
+        Source(mine / "images")

@@ -81,18 +81,20 @@ class Source:
       path: the zip or the folder.
       names: sorted relative POSIX paths of its files.
 
+    links: whether files of a folder may be links to anywhere, as in a person's own; in what was fetched they may not.
+
     Raises:
       DataError: `path` is neither a folder nor a readable zip, or a name in it leads out of it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, links: bool = False):
         self.path = Path(path)
         self._zip = None
         if self.path.is_dir():
             root = self.path.resolve()
             names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
             for name in names:
-                if not (self.path / name).resolve().is_relative_to(root):
+                if not links and not (self.path / name).resolve().is_relative_to(root):
                     raise DataError(f"{self.path / name} is a link out of the folder: put the file itself there")
         else:
             try:
