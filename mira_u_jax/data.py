@@ -172,7 +172,7 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, i) -> Example:
+    def __getitem__(self, i):
         return self.read(self.keys[i])
 
 
