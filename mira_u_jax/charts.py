@@ -122,13 +122,14 @@ def curves(groups):
 
 
 def cases(groups, output, end: str) -> list[str]:
-    """Best, middle and worst images as the run of the first pair drew them; copied, so they hold images of the data set."""
+    """What the run of each group's first pair drew: its last training picture, and the best, middle and worst images of each
+    data set it was measured on. The paper's Figs. 2 to 4. Copied, so they hold images of the data sets.
+    """
     names = []
     for group in groups:
-        c, folder = group.config, first(group)
-        label = c["dataset"] if c["split"] == "dev" else c["test"]
-        found = sorted((folder / "figures").glob(f"{label}_{c['split']}_student*.png")) if folder else []
-        if found:
-            names.append(f"cases_{end}_{slug(group.title)}_{c['frac']:g}.png")
-            shutil.copy(found[0], output / names[-1])
+        figures = (first(group) or pathlib.Path("nowhere")) / "figures"
+        for path in [*sorted(figures.glob("train_*.png"))[-1:], *sorted(figures.glob("*_student*.png"))]:
+            what = "training" if path.name.startswith("train_") else slug(path.stem)
+            names.append(f"cases_{end}_{slug(group.title)}_{group.config['frac']:g}_{what}.png")
+            shutil.copy(path, output / names[-1])
     return names

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mira_u_jax import beside, paper, report, runs, text
 
@@ -123,12 +124,17 @@ def test_pictures_of_a_run_come_along(results, tmp_path):
     (workdir / "figures").mkdir(parents=True)
     (workdir / "config.json").write_text(path.read_text())
     path.rename(workdir / "result.json")
-    (workdir / "figures" / "isic2016_test_student.png").write_bytes(b"cases")
+    for width, name in enumerate(("isic2016_test_student", "ph2_test_student", "train_000100", "train_000200"), 8):
+        Image.new("RGB", (width, 8)).save(workdir / "figures" / f"{name}.png")
     lines = [{"step": s, "split": "train", "loss_sup": 1 / s, "student_dice": 0.1 * s} for s in (1, 2, 3)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = report.write(runs.load([tmp_path / "runs"]), tmp_path / "out")
     assert "curves_isic2016_full_256_px.png" in found
-    assert (tmp_path / "out" / "cases_isic2016_full_256_px_mira_u_0.1.png").read_bytes() == b"cases"
+    copied = {path.name: Image.open(path).size[0] for path in (tmp_path / "out").glob("cases_*.png")}
+    assert copied == {
+        f"cases_isic2016_full_256_px_mira_u_0.1_{what}.png": width
+        for what, width in (("isic2016_test_student", 8), ("ph2_test_student", 9), ("training", 11))
+    }
     assert "MIRA-U runs" in (tmp_path / "out" / "index.html").read_text()
 
 
