@@ -116,9 +116,7 @@ def read_item(named, *, size: int) -> tuple[str, Item | DataError]:
 def look(step, items, batch: int):
     """The items of a batch with their maps; the last batch is padded."""
     started = time.perf_counter()
-    image = np.stack([item.square for item in items])
-    padded = np.concatenate([image, np.zeros((batch - len(items), *image.shape[1:]), np.uint8)])
-    maps = jax.device_get(step(padded))
+    maps = jax.device_get(step(trained.padded([item.square for item in items], batch)))
     for i, item in enumerate(items):
         item.maps = {name: values[i] for name, values in maps.items()}
         item.seconds += (time.perf_counter() - started) / len(items)

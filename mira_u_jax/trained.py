@@ -81,11 +81,14 @@ class Predictor:
     def __call__(self, examples):
         """examples: iterable of what has .image (s, s, 3) uint8; maps (s, s) as look's. The last batch is padded."""
         for group in batched(examples, self.batch):
-            image = np.stack([e.image for e in group])
-            padded = np.concatenate([image, np.zeros((self.batch - len(group), *image.shape[1:]), np.uint8)])
-            found = jax.device_get(self.step(self.params, padded))
+            found = jax.device_get(self.step(self.params, padded([e.image for e in group], self.batch)))
             for i, example in enumerate(group):
                 yield example, {name: values[i] for name, values in found.items()}
+
+
+def padded(images, count: int) -> np.ndarray:
+    """uint8 (count, s, s, 3) of `count` images or fewer: black ones fill up, so that one program serves every batch."""
+    return np.stack([*images, *[np.zeros_like(images[0])] * (count - len(images))])
 
 
 def batched(items, count):
