@@ -7,6 +7,7 @@ logits over the four flips of an image, whatever the run's configuration says.
 """
 
 import csv
+import functools
 import json
 import pathlib
 
@@ -15,7 +16,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 from scipy.special import expit, logit
 
-from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, worst
+from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
 from mira_u_jax.trained import Predictor, at_size
@@ -86,6 +87,8 @@ def measure(found: dict[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, 
     row["brier"] = float(np.square(expit(mean) - truth).mean())
     row["ause"], row["ause_entropy"] = calibration.ause(sigma, wrong), calibration.ause(-np.abs(mean), wrong)
     row["sigma"], row["sigma_band"] = float(sigma.mean()), float(sigma[band].mean()) if band.any() else 0.0
+    entropy = 1 - np.abs(2 * expit(mean) - 1)  # or what has its order
+    row["doubt"], row["doubt_entropy"] = selective.doubt(sigma, predicted), selective.doubt(entropy, predicted)
     tables = {
         "all": calibration.histogram(mean, truth), "band": calibration.histogram(mean, truth, band),
         "sigma": calibration.by_sigma(sigma, wrong),
@@ -109,13 +112,27 @@ def summary(rows: list[dict], tables: list[dict], temperature: float | None = No
         pooled[f"ece{ending}"] = (calibration.ece, curves(part))
         if temperature:
             pooled[f"ece{ending}_calibrated"] = (calibration.ece, curves(part, temperature))
-    each = {name: np.array([row[name] for row in rows]) for name in AVERAGED}
-    found = metrics.summary(np.array([[row[name] for name in COUNTED] for row in rows]), each=each, pooled=pooled)
+    column = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "id"}
+    counts, each = np.stack([column[name] for name in COUNTED], -1), {name: column[name] for name in AVERAGED}
+    found = metrics.summary(counts, each=each, pooled=pooled, weighed=doubts(column))
     return found | {
         "temperature": temperature,
         "reliability": calibration.curve(pooled["ece"][1].mean(0), "p", "lesion"),
         "reliability_band": calibration.curve(pooled["ece_band"][1].mean(0), "p", "lesion"),
         "error_by_sigma": calibration.curve(np.mean([table["sigma"] for table in tables], 0), "sigma", "wrong"),
+    }
+
+
+def doubts(column: dict[str, np.ndarray]) -> dict:
+    """Figures of the doubt of each image, as metrics.summary weighs them; column: (n,) each."""
+    dice, failed, sigma, entropy = column["dice"], metrics.failures(column["iou"]), column["doubt"], column["doubt_entropy"]
+    return {
+        "dice_surest": functools.partial(selective.surest, sigma, dice),
+        "failure_rate_surest": functools.partial(selective.surest, sigma, failed),
+        "failure_auroc": functools.partial(selective.failure_auroc, sigma, failed),
+        "failure_auroc_entropy": functools.partial(selective.failure_auroc, entropy, failed),
+        "aurc": functools.partial(selective.aurc, sigma, 1 - dice),
+        "aurc_entropy": functools.partial(selective.aurc, entropy, 1 - dice),
     }
 
 
@@ -171,7 +188,7 @@ def keep_worst(folder, seen, lowest: list[int], rows):
     """The images with the lowest Dice, for a page of runs; seen: what `look_again` found of each, rows: of all images."""
     _, images, truths, logits, sigma = (np.stack(part) for part in zip(*seen, strict=True))
     maps = {"image": images, "truth": truths / 255, "prediction": expit(logits), "sigma": sigma}
-    names = ("dice", "iou", "precision", "recall", "hd95", "sigma")
+    names = ("dice", "iou", "precision", "recall", "hd95", "doubt")
     worst.write(folder, [row["id"] for row in rows], {name: [row[name] for row in rows] for name in names}, lowest, maps)
 
 

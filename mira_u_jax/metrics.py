@@ -31,17 +31,24 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def summary(counts: np.ndarray, *, each=None, pooled=None, resamples: int = 2000, seed: int = 0) -> dict:
+def failures(iou: np.ndarray) -> np.ndarray:
+    """Which images failed, bool (n,)."""
+    return iou < FAILURE_IOU
+
+
+def summary(counts: np.ndarray, *, each=None, pooled=None, weighed=None, resamples: int = 2000, seed: int = 0) -> dict:
     """The evaluation object of a set of images; counts (n, 4) as `confusion`.
 
     each: {name: (n,)}, further figures that average over images; pooled: {name: (function, (n, ...))}, figures that are a
-    function of sums over images. missed: images whose lesion was not found at all (empty prediction); failure_rate: share
-    with IoU < .65. ci95: a percentile bootstrap over images: how exact THIS run's figure is, not whether a method is better.
+    function of sums over images; weighed: {name: function}, figures that are a function of how often each image counts,
+    (..., n); one that is NaN is left out. missed: images whose lesion was not found at all (empty prediction);
+    failure_rate: share with IoU < .65. ci95: a percentile bootstrap over images: how exact THIS run's figure is, not
+    whether a method is better.
     """
     counts = np.asarray(counts, np.int64)
     n = len(counts)
     images = scores(counts) | {name: np.asarray(values, np.float64) for name, values in (each or {}).items()}
-    failed = images["iou"] < FAILURE_IOU
+    failed = failures(images["iou"])
 
     def figures(times):  # how often each image is taken, (..., n)
         whole = scores(times @ counts)
@@ -49,11 +56,13 @@ def summary(counts: np.ndarray, *, each=None, pooled=None, resamples: int = 2000
         found |= {"dice_pooled": whole["dice"], "iou_pooled": whole["iou"], "failure_rate": times @ failed / n}
         for name, (function, values) in (pooled or {}).items():
             found[name] = function(np.tensordot(times, values, 1))
+        for name, function in (weighed or {}).items():
+            found[name] = function(times)
         return found
 
     draw = np.random.default_rng(seed).integers(0, n, (resamples, n))
     boot = figures(np.stack([np.bincount(rows, minlength=n) for rows in draw]))
-    bounds = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in boot.items()}
-    found = {name: float(value) for name, value in figures(np.ones(n, np.int64)).items()}
+    found = {name: float(value) for name, value in figures(np.ones(n, np.int64)).items() if np.isfinite(value)}
+    bounds = {name: np.nanpercentile(boot[name], [2.5, 97.5]).tolist() for name in found}
     empty = (counts[:, 0] + counts[:, 1] == 0) & (counts[:, 0] + counts[:, 2] > 0)
     return {"images": n, **found, "missed": int(empty.sum()), "ci95": bounds}

@@ -26,13 +26,13 @@ import numpy as np
 from absl import flags
 from scipy.special import expit
 
-from mira_u_jax import command, inputs, trained
+from mira_u_jax import command, inputs, selective, trained
 from mira_u_jax.errors import UserError
 from mira_u_jax.trained import at_size, batched
 from tfds_builders import common
 from tfds_builders.common import DataError
 
-COLUMNS = ("id", "area_share", "mean_sigma", "border_touched", "seconds")
+COLUMNS = ("id", "area_share", "mean_sigma", "doubt", "border_touched", "seconds")
 NAMED = 5  # files that the last line names; failed.txt names all
 
 
@@ -136,7 +136,8 @@ def write_item(item: Item, *, output: pathlib.Path, probability: bool = False) -
         save(output / f"{item.id}_probability.png", (expit(logits) * 255).round().astype(np.uint8))
     edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
     seconds = item.seconds + time.perf_counter() - started
-    return item.id, f"{mask.mean():.6f}", f"{item.maps['sigma'].mean():.6f}", int(edge), f"{seconds:.3f}"
+    shown = (mask.mean(), item.maps["sigma"].mean(), selective.doubt(sigma, mask))
+    return item.id, *(f"{value:.6f}" for value in shown), int(edge), f"{seconds:.3f}"
 
 
 def save(path: pathlib.Path, pixels: np.ndarray):

@@ -55,7 +55,8 @@ def segmentation(groups) -> Table:
 MORE = {  # column -> key of the evaluation
     "HD95 %": "hd95", "ASSD %": "assd", "boundary F1": "boundary_f1", "ECE": "ece", "ECE, band": "ece_band",
     "ECE after T": "ece_calibrated", "band, after T": "ece_band_calibrated", "T": "temperature", "Brier": "brier",
-    "AUSE sigma": "ause", "AUSE 1-|2p-1|": "ause_entropy",
+    "AUSE sigma": "ause", "AUSE 1-|2p-1|": "ause_entropy", "AUROC of failures": "failure_auroc",
+    "Dice, surest 80%": "dice_surest", "failures there": "failure_rate_surest",
 }
 
 

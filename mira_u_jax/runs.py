@@ -16,12 +16,19 @@ from scipy.stats import t as student_t
 
 from configs import common
 from mira_u_jax import config as configuration
+from mira_u_jax import metrics, selective
 from mira_u_jax.errors import UserError
 
 ENOUGH = 5  # pairs before a difference may be called one
 SAME = ("label_seed", "seed", "data_dir", "data")  # top-level keys in which the runs of a group may differ
 NAMED = ("name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold")  # what a title or a heading says
 
+READ = ("tp", "fp", "fn", "tn", "sigma", "dice", "iou")  # of each image, for the figures of
+DOUBTS = {
+    "failure_auroc": lambda doubt, column: selective.failure_auroc(doubt, metrics.failures(column["iou"])),
+    "dice_surest": lambda doubt, column: selective.surest(doubt, column["dice"]),
+    "failure_rate_surest": lambda doubt, column: selective.surest(doubt, metrics.failures(column["iou"])),
+}
 UNHEARD = {  # what a run without pseudo-labels does not read
     "teacher", "pseudo", "vit", "mim",
     *(f"loss.{k}" for k in ("gamma", "ramp", "wait", "norm", "distance", "feature", "lambda_u", "lambda_c")),
@@ -50,13 +57,29 @@ class Run:
         return self.path.parent if self.path.name == "result.json" else None
 
     @functools.cached_property
-    def dice(self) -> dict[str, float]:
-        """Dice of each image, by id; {} where they were not kept."""
+    def images(self) -> list[dict[str, str]]:
+        """The figures of each image; [] where they were not kept."""
         path = self.path.with_name("evaluation_images.csv") if self.folder else self.path.with_suffix(".csv")
         if not path.exists():
-            return {}
+            return []
         with path.open() as file:
-            return {row["id"]: float(row["dice"]) for row in csv.DictReader(file)}
+            return list(csv.DictReader(file))
+
+    @functools.cached_property
+    def dice(self) -> dict[str, float]:
+        """Dice of each image, by id; {} where they were not kept."""
+        return {row["id"]: float(row["dice"]) for row in self.images}
+
+    def figure(self, name: str) -> float | None:
+        """A figure of the evaluation; None where it has none. Of runs older than doubts, these from the images' figures."""
+        value = self.evaluation.get(name)
+        if value is None and name in DOUBTS and self.images and "sigma" in self.images[0]:
+            column = {key: np.array([float(row[key]) for row in self.images]) for key in READ}
+            pixels, area = sum(column[key] for key in ("tp", "fp", "fn", "tn")), column["tp"] + column["fp"]
+            doubt = np.where(area > 0, column["sigma"] * pixels / np.maximum(area, 1), pixels)  # selective.doubt
+            found = float(DOUBTS[name](doubt, column))
+            value = found if math.isfinite(found) else None
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +139,7 @@ class Group:
 
     def values(self, name: str, on: str = "") -> dict[tuple[int, int], float]:
         """A figure of the evaluation by pair; on: of that other data set. Runs without it are left out."""
-        found = {run.pair: (run.also.get(on, {}) if on else run.evaluation).get(name) for run in self.runs}
+        found = {run.pair: run.also.get(on, {}).get(name) if on else run.figure(name) for run in self.runs}
         return {pair: value for pair, value in found.items() if value is not None}
 
     def mean(self, name: str, on: str = "") -> float | None:

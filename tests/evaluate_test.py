@@ -13,7 +13,20 @@ from ml_collections import FrozenConfigDict
 from PIL import Image
 from scipy.special import expit, logit
 
-from mira_u_jax import boundary, calibration, checkpoint, config, data, equations, evaluate, metrics, pseudo, steps, trained
+from mira_u_jax import (
+    boundary,
+    calibration,
+    checkpoint,
+    config,
+    data,
+    equations,
+    evaluate,
+    metrics,
+    pseudo,
+    runs,
+    steps,
+    trained,
+)
 from mira_u_jax.errors import UserError
 from mira_u_jax.rng import named
 
@@ -74,6 +87,20 @@ def test_the_object(measured):
     assert (counts.sum(1) == 48 * 80).all() and counts[3, 0] == counts[3, 2] == 0
     assert found["dice"] == pytest.approx(metrics.scores(counts)["dice"].mean())
     assert found["temperature"] is None and "ece_calibrated" not in found  # no labelled images at hand, none promised
+
+
+def test_the_doubt_of_runs_older_than_it_is_read_from_their_images(measured, run, tmp_path):
+    found, rows, _ = measured
+    old = {k: v for k, v in found.items() if k not in ("failure_auroc", "dice_surest")}
+    settings = json.loads((run / "config.json").read_text())["config"]
+    (tmp_path / "old.json").write_text(json.dumps({"config": settings, "evaluation": old}))
+    kept = [{k: v for k, v in row.items() if "doubt" not in k} for row in rows]
+    evaluate.write_rows(tmp_path / "old.csv", kept)
+    (known,) = runs.load([tmp_path])
+    for name in ("failure_auroc", "dice_surest"):
+        assert (known.figure(name) is None) == (name not in found)
+        assert known.figure(name) == pytest.approx(found.get(name), abs=1e-3)
+    assert known.figure("dice") == found["dice"] and known.figure("nothing") is None
 
 
 class Drop:
@@ -161,6 +188,8 @@ def test_an_image_is_measured_at_the_masks_resolution(known):
     assert row["ause"] == calibration.ause(sigma, wrong)
     p = expit(mean.astype(np.float64))
     assert row["ause_entropy"] == pytest.approx(calibration.ause(1 - np.abs(2 * p - 1), wrong), abs=1e-6)
+    assert row["doubt"] == pytest.approx(sigma.sum() / predicted.sum(), rel=1e-5)
+    assert row["doubt_entropy"] == pytest.approx((1 - np.abs(2 * p - 1)).sum() / predicted.sum(), rel=1e-5)
     assert row["sigma"] == pytest.approx(sigma.mean()) and row["sigma_band"] == pytest.approx(sigma[band].mean())
     np.testing.assert_allclose(tables["all"], calibration.histogram(mean, known.truth), rtol=1e-6)
     np.testing.assert_allclose(tables["band"], calibration.histogram(mean, known.truth, band), rtol=1e-6)
@@ -172,7 +201,18 @@ def test_an_empty_prediction_is_measured_too(known):
     assert row["dice"] == 0 and row["hd95"] == row["assd"] == 100 and row["sigma_band"] == 0
     found = evaluate.summary([row, row], [tables, tables])
     assert found["missed"] == 2 and found["ece_band"] == 0 and found["failure_rate"] == 1
+    assert "failure_auroc" not in found and found["aurc"] == 1  # all failed: nothing to tell apart
     json.dumps(found, allow_nan=False)
+
+
+def test_the_doubt_of_images_is_measured_by_what_it_finds(known):
+    """Of two images the bad one is the more doubtful: found in every resample that has both."""
+    good, tables = evaluate.measure(known.found, known.truth)
+    bad = good | {"iou": 0.2, "dice": 1 / 3, "tp": 10, "fp": 20, "fn": 20, "doubt": 9.0, "doubt_entropy": 0.0}
+    found = evaluate.summary([good, bad, good], [tables] * 3)
+    assert found["failure_auroc"] == 1 and found["failure_auroc_entropy"] == 0
+    assert found["dice_surest"] > found["dice"] and found["aurc"] < 1 - found["dice"] < found["aurc_entropy"]
+    assert found["ci95"]["failure_auroc"] == [1, 1]
 
 
 def test_a_temperature_changes_the_calibrated_figures_only(known):

@@ -156,6 +156,7 @@ def test_masks_lie_on_the_lesion_at_the_size_of_the_image(tmp_path, darkness):
     rows = {row["id"]: row for row in csv.DictReader((tmp_path / "out" / "predictions.csv").open())}
     assert list(rows) == ["edge", "large", "none", "tall", "wide"] and tuple(rows["edge"]) == predict.COLUMNS
     assert float(rows["large"]["area_share"]) == pytest.approx(3 / 16, abs=0.01) and float(rows["none"]["area_share"]) == 0
+    assert float(rows["large"]["doubt"]) == pytest.approx(0.125 * 16 / 3, rel=0.05) and float(rows["none"]["doubt"]) > 1_000
     assert [rows[i]["border_touched"] for i in ("edge", "large", "none")] == ["1", "0", "0"]
     assert float(rows["wide"]["mean_sigma"]) == pytest.approx(0.125, abs=1e-6) and float(rows["wide"]["seconds"]) > 0
     assert len(list((tmp_path / "out").iterdir())) == 3 * 5 + 1  # and nothing unfinished
