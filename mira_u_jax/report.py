@@ -85,14 +85,15 @@ def differences(groups) -> Table:
             other = runs.plain([o for o in groups if o.bench == g.bench], base)
             if other in (None, g) or (base, g.config["method"]) == ("mira_u", "supervised"):
                 continue
-            found = runs.difference(g, other)
-            if found is None:
-                continue
-            distance = runs.difference(g, other, "hd95")
-            rows.append([
-                heading(g), percent(g), g.title, base, str(found.count), figure(found.mean), span(found),
-                span(runs.image_difference(g, other)), figure(distance.mean) if distance else "-", runs.word(found),
-            ])
+            for on in ("", *[name for name in g.also if name in other.also]):
+                found, distance = (runs.difference(g, other, name, on) for name in ("dice", "hd95"))
+                if found is None:
+                    continue
+                rows.append([
+                    heading(g) + (f", on {on}" if on else ""), percent(g), g.title, base, str(found.count),
+                    figure(found.mean), span(found), "-" if on else span(runs.image_difference(g, other)),
+                    figure(distance.mean) if distance else "-", runs.word(found),
+                ])
     return "differences", "Differences over common pairs", header, rows
 
 

@@ -146,6 +146,11 @@ class Group:
         values = self.values(name, on)
         return sum(values.values()) / len(values) if values else None
 
+    @property
+    def also(self) -> list[str]:
+        """The other data sets on which all of these runs were measured."""
+        return sorted(set.intersection(*(set(run.also) for run in self.runs)))
+
     def image_interval(self, on: str = "") -> tuple[float, float] | None:
         """Image bootstrap of Dice: of the mean over runs where each image's is kept, else the mean of the runs' bounds."""
         if not on and all(run.dice for run in self.runs):
@@ -231,9 +236,9 @@ def interval(values) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def difference(a: Group, b: Group, name: str = "dice") -> Interval | None:
-    """a - b over the pairs that both have; None without any."""
-    ours, theirs = a.values(name), b.values(name)
+def difference(a: Group, b: Group, name: str = "dice", on: str = "") -> Interval | None:
+    """a - b over the pairs that both have; None without any. on: as Group.values."""
+    ours, theirs = a.values(name, on), b.values(name, on)
     both = sorted(ours.keys() & theirs.keys())
     return interval([ours[pair] - theirs[pair] for pair in both]) if both else None
 

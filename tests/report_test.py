@@ -48,6 +48,17 @@ def test_masks(written):
     assert rows["50%", "mira_u"]["95% t"] == "-"
 
 
+def test_differences_on_another_data_set_stand_beside(results, tmp_path):
+    for i in range(2):
+        end = f"frac=0.1,preset=cpu,label_seed={3 + i},seed={3 + i}"
+        results(f"method=supervised,{end}", 0.85, also={"ph2": 0.80, "mine": 0.7})
+        results(end, 0.88, also={"ph2": 0.86})
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    here, there = read(tmp_path / "out", "differences")
+    assert (here["data"], here["Dice"]) == ("isic2016, cpu 64 px", ".0300")
+    assert (there["data"], there["Dice"], there["pairs"]) == ("isic2016, cpu 64 px, on ph2", ".0600", "2")
+
+
 def test_differences_and_gaps(written):
     rows = {(row["method"], row["against"]): row for row in read(written, "differences") if row["labels"] == "10%"}
     row = rows["mira_u", "supervised"]
