@@ -196,7 +196,7 @@ def table(result: dict) -> str:
     """The evaluation object as text."""
     lines = [f"{result['dataset']} {result['split']}: {result['images']} images, {result['missed']} lesions missed"]
     for name, (low, high) in result["ci95"].items():
-        lines.append(f"  {name:<19} {result[name]:8.4f}   95% of image bootstraps {low:.4f} .. {high:.4f}")
+        lines.append(f"  {name:<22} {result[name]:8.4f}   95% of image bootstraps {low:.4f} .. {high:.4f}")
     return "\n".join(lines)
 
 
