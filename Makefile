@@ -3,7 +3,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-all mutants kills bench lint requirements clean
+.PHONY: install run test test-all mutants kills bench lint requirements clean
+
+# The environment alone.
+install: $(INSTALLED)
 
 # Environment, embedded data, masked image modelling, semi-supervised training, evaluation, pictures.
 run: $(INSTALLED)

@@ -39,15 +39,16 @@ def benches(groups) -> dict[str, list[runs.Group]]:
 
 
 def segmentation(groups) -> Table:
+    also = sorted({name for g in groups for name in g.also})
     header = ["data", "labels", "method", "pairs", "Dice", "95% t", "95% images", "IoU", "precision", "recall", "failures",
-              "missed", "check"]
+              "missed", "check", *(f"Dice on {name}" for name in also)]
     rows = []
     for g in groups:
         found = runs.interval(g.values("dice").values())
         rows.append([
             heading(g), percent(g), g.title, str(found.count), figure(found.mean), span(found),
             span(g.image_interval()), *(figure(g.mean(name)) for name in ("iou", "precision", "recall", "failure_rate")),
-            f"{g.mean('missed'):.1f}", check(g),
+            f"{g.mean('missed'):.1f}", check(g), *(figure(g.mean("dice", name)) for name in also),
         ])
     return "segmentation", "Masks", header, rows
 
@@ -118,12 +119,16 @@ def gaps(groups) -> Table:
 
 def listed(groups) -> Table:
     """Every run by itself, with where it comes from."""
-    header = ["data", "labels", "method", "label seed", "seed", "Dice", "95% images", "check", "seconds", "hardware",
-              "commit"]
+    also = sorted({name for g in groups for run in g.runs for name in run.also})
+    shown = {"HD95 %": "hd95", "missed": "missed", "failures": "failure_rate", "ECE": "ece", "after T": "ece_calibrated",
+             "AUSE sigma": "ause", "AUSE 1-|2p-1|": "ause_entropy"}
+    header = ["data", "labels", "method", "label seed", "seed", "Dice", "95% images", "check", *shown,
+              *(f"Dice on {name}" for name in also), "seconds", "hardware", "commit"]
     rows = [
         [heading(g), percent(g), g.title, *map(str, run.pair), figure(run.evaluation["dice"]),
-         span(tuple(run.evaluation["ci95"]["dice"])), mark(consistency.verdict(run.evaluation)), f"{run.seconds:.0f}",
-         run.hardware, run.commit[:8]]
+         span(tuple(run.evaluation["ci95"]["dice"])), mark(consistency.verdict(run.evaluation)),
+         *(str(value) if isinstance(value := run.evaluation.get(key), int) else figure(value) for key in shown.values()),
+         *(figure(run.also.get(name, {}).get("dice")) for name in also), f"{run.seconds:.0f}", run.hardware, run.commit[:8]]
         for g in groups for run in g.runs
     ]
     return "runs", "Runs", header, rows
