@@ -87,7 +87,9 @@ def compare(table: Table, setting: dict, args):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         begun, _ = started(setting, cache, "cold", table)
         example = begun("example")  # not of the process that is timed: a run computes nothing like it before its steps
+        facts = begun("facts")
         begun.close()
+        table.add("made_with", f"commit {facts['commit'][:8]}", facts["hardware"], **facts)
         ours, compiled = started(setting, cache, "warm", table)
         with ours:
             memory = {"ours": ours("peak_memory")}

@@ -37,6 +37,7 @@ def measure(table, preset: str, changes, *, seconds: float, settings):
                     row |= {part: ours("part", part, seconds) for part in ALONE}
                     row["student"] = ours("part", "student forward + backward", seconds)
                     row["teacher"] = ours("part", "teacher passes", seconds)
+                row |= ours("facts")
         except RemoteError as error:  # usually memory
             table.add(name, "failed", str(error).strip().splitlines()[-1][:100], **setting)
             continue

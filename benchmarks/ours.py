@@ -85,6 +85,12 @@ class Ours:
             raise FloatingPointError("our loss is not finite")
         return seconds
 
+    def facts(self) -> dict:
+        """Commit, versions, hardware. Imports the loop, so not before the start of a process has been timed."""
+        from mira_u_jax import train
+
+        return train.facts()
+
     def parameters(self) -> dict:
         """theta as NumPy trees."""
         return jax.device_get(self.state.params)

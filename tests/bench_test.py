@@ -19,8 +19,8 @@ from mira_u_jax import equations, steps  # noqa: E402
 SETTING = {"preset": "smoke", "size": 32, "batch": 4, "passes": 4}
 LOSSES = ("loss", "loss_sup", "loss_unsup", "loss_ent", "loss_vit_sup", "loss_vit_unsup")
 PROMISED = (
-    "setting", "compile_cold", "compile_warm", "same_losses", "step_ours", "step_pytorch", "step_pytorch_loop", "vs_pytorch",
-    "vs_pytorch_loop", "peak_memory", "machine", "operations", "share_of_peak", "bytes", "peer_honesty",
+    "setting", "compile_cold", "made_with", "compile_warm", "same_losses", "step_ours", "step_pytorch", "step_pytorch_loop",
+    "vs_pytorch", "vs_pytorch_loop", "peak_memory", "machine", "operations", "share_of_peak", "bytes", "peer_honesty",
 )
 
 
