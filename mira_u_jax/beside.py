@@ -48,11 +48,16 @@ def ours(bench: list[runs.Group], row: paper.Row, on: str = "") -> runs.Group | 
 
 
 def tables(bench: list[runs.Group], title: str) -> list[Table]:
-    """Tables 1-5 with the groups of one bench (one preset, test images); those of which nothing was run are left out."""
-    end = slug(title)
-    found = [passes(bench, title, end)]
+    """Tables 1-5 with the groups of one bench (one preset, test images); those of which nothing was run are left out.
+
+    Runs that were measured on PH2 in the first place stand in Table 3 alone.
+    """
+    end, ph2 = slug(title), bench[0].config["test"] == "ph2"
+    found = [] if ph2 else [passes(bench, title, end)]
     for number, about in TITLES.items():
-        on = "ph2" if number == 3 else ""
+        if ph2 and number != 3:
+            continue
+        on = "ph2" if number == 3 and not ph2 else ""
         rows = [(row, ours(bench, row, on)) for row in paper.ROWS if row.table == number]
         if any(group for _, group in rows):
             cells = [published(row) + again(group, on) for row, group in rows]

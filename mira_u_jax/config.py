@@ -305,13 +305,14 @@ def load(workdir) -> ml_collections.FrozenConfigDict:
         raise UserError(f"{path} is not a configuration that main wrote: train again in another --workdir") from None
 
 
-def save(config, workdir, facts: dict):
-    """Write DIR/config.json; refuse a workdir that holds a run of another configuration.
+def save(config, workdir, facts: dict, data: dict | None = None):
+    """Write DIR/config.json; refuse a workdir that holds a run of another configuration or on other data.
 
     facts: where this process comes from (commit, hardware, versions). A run that goes on keeps the first ones and lists
-    others in "resumed". Keys that change no result, as where the data lie, are written anew.
+    others in "resumed". Keys that change no result, as where the data lie, are written anew. data: how many images and
+    outlines the run has, and their "digest"; runs from before it say nothing.
     """
-    path, kept = pathlib.Path(workdir) / "config.json", facts
+    path, kept = pathlib.Path(workdir) / "config.json", facts | ({"data": data} if data else {})
     if path.exists():
         old, new = decides(load(workdir)), decides(config)
         differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -323,6 +324,12 @@ def save(config, workdir, facts: dict):
             )
         kept = json.loads(path.read_text())
         del kept["config"]
+        if data and kept.setdefault("data", data) != data:
+            said = ", ".join(f"{kept['data'][k]} {k}" for k in ("images", "labelled"))
+            raise UserError(
+                f"{workdir} holds a run on other data ({said}; now {data['images']} and {data['labelled']}): use another"
+                " --workdir, or give it the data that it began with"
+            )
         known = [{k: kept.get(k) for k in facts}, *kept.get("resumed", [])]
         if facts not in known:
             kept["resumed"] = [*known[1:], facts]

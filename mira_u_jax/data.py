@@ -6,6 +6,7 @@ order is a pure function of (seed, stream, position), so a checkpoint holds no i
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import sys
 import zlib
@@ -61,6 +62,7 @@ class TrainingSet:
     labelled: np.ndarray  # whose outlines are used
     unlabelled: np.ndarray  # the pool: every training image, labelled ones included
     summary: str  # what was found; the first line says how many are labelled
+    digest: str = ""  # of the ids in the pool, of the labelled ones and of the sources: a run goes on with the same only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +96,21 @@ def training_set(config) -> TrainingSet:
     summary = f"{len(labelled)} labelled of {len(picked)} present (official {budget} of {official}){held_out}"
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
-    source = builder.as_data_source(split=part)
+    source, ids = builder.as_data_source(split=part), [facts[i]["id"].decode() for i in picked]
     if config.files.extra:
         more = extra_images(config, builder)
         summary += "".join(f"\n  {note}" for note in more.notes)
         picked = np.concatenate([picked, len(source) + np.arange(len(more.images), dtype=np.int32)])
+        ids += more.images
         source = files.Joined(source, files.FileRows(more))
     rows = Rows(source, picked, config.size)
-    return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary)
+    told = digest(ids, labelled, builder.info.metadata["sources_sha256"])
+    return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary, told)
+
+
+def digest(ids: Sequence[str], labelled: np.ndarray, sources: str = "") -> str:
+    """SHA-256 of the ids of a pool in order, of those whose outlines are used, and of what says where they come from."""
+    return hashlib.sha256(json.dumps([list(ids), [ids[i] for i in labelled], sources]).encode()).hexdigest()
 
 
 def folder_set(config) -> TrainingSet:
@@ -122,7 +131,8 @@ def folder_set(config) -> TrainingSet:
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or a smaller holdout")
     rows = Rows(files.FileRows(found), np.array(picked, np.int32), config.size)
     summary = "\n  ".join([summary, *found.notes])
-    return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary)
+    told = digest([ids[i] for i in picked], np.array(labelled))
+    return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary, told)
 
 
 def extra_images(config, builder) -> files.Found:
@@ -133,8 +143,11 @@ def extra_images(config, builder) -> files.Found:
     def fingerprint(pixels):
         return hashlib.sha256(common.squash(pixels, size) if size else pixels).digest()
 
-    for part in ("train", "test")[config.split == "test" :]:
-        for row in builder.as_data_source(split=part, decoders=UNDECODED):
+    measured = [(builder, "test"), *([(builder, "train")] if config.split == "dev" else [])]
+    if config.split == "test" and config.test != config.dataset:
+        measured.append((prepared(config.test, config.size, config.data_dir), "test"))
+    for source, part in measured:
+        for row in source.as_data_source(split=part, decoders=UNDECODED):
             if part == "test" or row["dev"]:
                 ids.add(row["id"].decode())
                 prints.add(fingerprint(np.asarray(common.decode(row["image"], row["id"]).convert("RGB"))))
@@ -239,8 +252,7 @@ def held_out_examples(config) -> Examples:
 
 def measurable(config) -> bool:
     """Whether a folder holds an outlined image to measure on."""
-    found = files.pairs(config.files.images, config.files.masks)
-    return any(files.held_out(id, config.files.holdout) for id in found)
+    return len(held_out_examples(config)) > 0
 
 
 def example(id: str, image_file, mask_file, size: int) -> Example:

@@ -21,6 +21,7 @@ from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
 from mira_u_jax.trained import Predictor, at_size
 from tfds_builders import common
+from tfds_builders.common import DataError
 
 LABELLED = 256  # at most so many labelled images fit the temperature
 
@@ -148,7 +149,14 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
         return kept[predictor.name]
     if not (at_hand or refit):
         return {}
-    dataset = data.training_set(FrozenConfigDict(predictor.settings.to_dict() | {"data_dir": data_dir}))
+    own = predictor.settings.to_dict() | {"data_dir": data_dir}
+    own["files"] = own.get("files", {}) | {"extra": ""}  # holds no outlines
+    try:
+        dataset = data.training_set(FrozenConfigDict(own))
+    except (UserError, DataError):
+        if refit:
+            raise
+        return {}  # not at hand here
     chosen = dataset.labelled[:: -(-len(dataset.labelled) // LABELLED)]
     examples = (data.Example(str(i), *dataset.rows[i].values()) for i in chosen)
     histograms = [calibration.histogram(to_logits(f["mean"]), e.mask / 255) for e, f in predictor(examples)]

@@ -125,8 +125,11 @@ def start(module: str, *args: str, lock) -> int:
     It holds the cell's lock too, as it may outlive this process.
     """
     process = subprocess.Popen([sys.executable, "-m", f"mira_u_jax.{module}", *args], pass_fds=[lock.fileno()])
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    return process.wait()
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)  # between cells it ends this process
 
 
 def chosen(names: list[str], index: int | None, shard: str | None) -> list[str]:

@@ -84,14 +84,14 @@ def differences(groups) -> Table:
     for base in ("supervised", "mira_u"):
         for g in groups:
             other = runs.plain([o for o in groups if o.bench == g.bench], base)
-            if other in (None, g) or (base, g.config["method"]) == ("mira_u", "supervised"):
+            if other is None or other is g or (base, g.config["method"]) == ("mira_u", "supervised"):
                 continue
             for on in ("", *[name for name in g.also if name in other.also]):
                 found, distance = (runs.difference(g, other, name, on) for name in ("dice", "hd95"))
                 if found is None:
                     continue
                 rows.append([
-                    heading(g) + (f", on {on}" if on else ""), percent(g), g.title, base, str(found.count),
+                    heading(g) + (f", on {on}" if on else ""), percent(g), g.title, other.title, str(found.count),
                     figure(found.mean), span(found), "-" if on else span(runs.image_difference(g, other)),
                     figure(distance.mean) if distance else "-", runs.word(found),
                 ])

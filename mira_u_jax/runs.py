@@ -30,7 +30,7 @@ DOUBTS = {
     "failure_rate_surest": lambda doubt, column: selective.surest(doubt, metrics.failures(column["iou"])),
 }
 UNHEARD = {  # what a run without pseudo-labels does not read
-    "teacher", "pseudo", "vit", "mim",
+    "teacher", "pseudo", "vit",
     *(f"loss.{k}" for k in ("gamma", "ramp", "wait", "norm", "distance", "feature", "lambda_u", "lambda_c")),
 }
 
@@ -111,8 +111,8 @@ class Group:
         c = self.config
         try:
             meant = common.get_config(f"preset={c['preset']},method={c['method']},ablate={c['ablate']}")
-        except UserError:  # a name that is gone
-            return {}
+        except UserError:  # a name that is gone: everything beyond the defaults is named
+            meant = common.get_config("")
         meant, unheard = configuration.flat(meant), {*SAME, *NAMED}
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
@@ -173,7 +173,9 @@ def load(paths) -> list[Run]:
         run = read(file)
         if run:
             config = {k: v for k, v in run.config.items() if k not in configuration.TRANSPORT}
-            found.setdefault(json.dumps([config, run.evaluation["dice"]], sort_keys=True), run)
+            key = json.dumps([config, run.evaluation["dice"]], sort_keys=True)
+            known = found.get(key, run)
+            found[key] = dataclasses.replace(known, also=run.also | known.also)
     if not found:
         raise UserError(f"--runs: no finished run in {', '.join(map(str, paths))} (a run ends with DIR/result.json)")
     return list(found.values())

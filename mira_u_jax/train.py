@@ -27,7 +27,8 @@ def run(config, workdir):
             raise UserError(f"config key {key}: it must be a multiple of {unit} on {mesh.size} devices")
     dataset = data.training_set(config)
     if cluster.first():
-        configuration.save(config, workdir, facts())
+        sizes = {"images": len(dataset.unlabelled), "labelled": len(dataset.labelled)}
+        configuration.save(config, workdir, facts(), sizes | {"digest": dataset.digest})
     cluster.meet("configuration")
     configuration.load(workdir)  # raises where a process does not see the folder of the others
     cluster.say(f"{config.dataset}: {dataset.summary}")
@@ -200,6 +201,8 @@ class Run:
                 if draw and (done % every["figures"] == 0 or last):
                     logger.picture(done, draw(done, state))
             manager.wait_until_finished()
+            if leave.told:  # since the last step
+                raise Preempted(f"{name}: told to leave, saved at step {total} of {total}")
             if first < total:
                 cluster.say(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s")
         return state

@@ -220,3 +220,17 @@ def test_fingerprint_ignores_only_where_things_lie_and_how_many_are_kept():
         transport = dotted.split(".")[0] in ("data_dir", "data", "mesh") or dotted == "teacher.chunk"
         transport |= dotted in [f"train.{name}" for name in ("keep", "log_every", "save_every", "figures_every")]
         assert (configuration.fingerprint(other) == before) == (transport or idle), dotted
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
+    settings, facts = configuration.check(common.get_config("preset=smoke")), {"commit": "a"}
+    began = {"images": 10, "labelled": 2, "digest": "one"}
+    configuration.save(settings, tmp_path, facts, began)
+    configuration.save(settings, tmp_path, facts, dict(began))
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"other data \(10 images, 2 labelled; now 11 and 3\): use another --workdir"):
+        configuration.save(settings, tmp_path, facts, {"images": 11, "labelled": 3, "digest": "two"})
+    assert (tmp_path / "config.json").read_text() == before and json.loads(before)["data"] == began
+    configuration.save(settings, tmp_path / "old", facts)  # of before the digests
+    configuration.save(settings, tmp_path / "old", facts, began)
+    assert json.loads((tmp_path / "old" / "config.json").read_text())["data"] == began

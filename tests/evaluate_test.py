@@ -249,7 +249,7 @@ class Red:
             yield example, {"mean": expit(0.05 * (120.0 - example.image[..., 0]))}
 
 
-def test_temperature_comes_from_the_labelled_images_and_is_kept(tmp_path, tiny_data, training):
+def test_temperature_comes_from_the_labelled_images_and_is_kept(tmp_path, tiny_data, training, monkeypatch):
     assert evaluate.temperature(tmp_path, Red(), "there", at_hand=False) == {}
     found = evaluate.temperature(tmp_path, Red(), "there", at_hand=True)
     assert found["images"] == 3 and training == ["there"] and not (tmp_path / "temperature.json").exists()
@@ -262,6 +262,15 @@ def test_temperature_comes_from_the_labelled_images_and_is_kept(tmp_path, tiny_d
     kept = evaluate.temperature(tmp_path, Red(), "there", at_hand=True, refit=True)
     assert evaluate.temperature(tmp_path, Red(), "", at_hand=False) == kept and len(training) == 2
     assert kept["temperature"] == found["temperature"]
+
+    def gone(settings):
+        raise UserError("the folder is not here")
+
+    monkeypatch.setattr(data, "training_set", gone)
+    (tmp_path / "temperature.json").unlink()
+    assert evaluate.temperature(tmp_path, Red(), "", at_hand=True) == {}
+    with pytest.raises(UserError, match="not here"):
+        evaluate.temperature(tmp_path, Red(), "", at_hand=True, refit=True)
 
 
 def test_a_run_from_before_the_keys_is_measured_as_they_default(run, tmp_path):

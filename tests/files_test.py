@@ -118,6 +118,21 @@ def bad_outline(mine):
     return "mole 06.png cannot be decoded", NAMES[6]
 
 
+def test_a_digest_tells_data_apart(mine):
+    """A run must not go on with a new outline that it would never learn from: its digest is another."""
+    before = data.training_set(config(mine, holdout=0)).digest
+    assert data.training_set(config(mine, holdout=0)).digest == before != data.training_set(config(mine)).digest
+    Image.fromarray(lesion(9)[1]).save(mine / "outlines" / f"{NAMES[9]}.png")
+    after = data.training_set(config(mine, holdout=0))
+    assert len(after.labelled) == 9 and after.digest != before
+
+
+def test_a_folder_whose_only_held_out_outline_is_damaged_has_nothing_to_measure_on(mine):
+    for path in (mine / "outlines").glob("*"):
+        path.write_bytes(b"")
+    assert data.measurable(config(mine, holdout=0.9)) and not data.measurable(config(mine, holdout=0.9, skip=1))
+
+
 @pytest.mark.parametrize("fault", [broken, other_size, orphan, twice, bad_outline])
 def test_what_is_wrong_is_named_and_can_be_skipped(mine, fault, capsys):
     said, lost = fault(mine)

@@ -59,6 +59,13 @@ def test_differences_on_another_data_set_stand_beside(results, tmp_path):
     assert (there["data"], there["Dice"], there["pairs"]) == ("isic2016, cpu 64 px, on ph2", ".0600", "2")
 
 
+def test_a_run_that_is_measured_on_ph2_stands_in_its_table_alone(results, tmp_path):
+    results("frac=0.5,preset=cpu,label_seed=3,seed=3", 0.91, test="ph2")
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    assert {p.name[:6] for p in (tmp_path / "out").glob("table*.csv")} == {"table3"}
+    assert ".9100" in next((tmp_path / "out").glob("table3*.csv")).read_text()
+
+
 def test_differences_and_gaps(written):
     rows = {(row["method"], row["against"]): row for row in read(written, "differences") if row["labels"] == "10%"}
     row = rows["mira_u", "supervised"]

@@ -136,6 +136,24 @@ def test_plain_is_the_group_with_nothing_changed(results):
     assert runs.plain(groups, "mira_u").title == "mira_u loss.gamma=0.5"  # defaults may have moved since: the nearest
 
 
+def test_supervised_with_masked_image_modelling_is_another_method(results):
+    pairs(results, "method=supervised,frac=0.1", [0.85])
+    pairs(results, "method=supervised,frac=0.1", [0.86], **{"mim.steps": 400})
+    titles = {g.title for g in runs.grouped(runs.load([results.folder]))}
+    assert titles == {"supervised", "supervised mim.steps=400"}
+
+
+def test_what_grid_measured_elsewhere_stays_with_a_run_that_is_found_twice(results, tmp_path):
+    kept = results("frac=0.1,label_seed=3,seed=3", 0.9, also={"ph2": 0.8})
+    workdir = tmp_path / "runs" / "x"
+    workdir.mkdir(parents=True)
+    own = json.loads(kept.read_text())
+    del own["also"]
+    (workdir / "result.json").write_text(json.dumps(own))
+    (run,) = runs.load([tmp_path / "runs", results.folder])
+    assert run.folder == workdir and run.also["ph2"]["dice"] == 0.8
+
+
 def test_image_bootstraps(results):
     rng = np.random.default_rng(1)
     easy = rng.uniform(0.5, 1, 80)
