@@ -1,8 +1,8 @@
 """The paper's tables beside runs of this code, row by row: published, run again, interval, pairs, check."""
 
 import jax
-from ml_collections import FrozenConfigDict
 
+from mira_u_jax import config as configuration
 from mira_u_jax import consistency, paper, runs, steps
 from mira_u_jax.text import Table, check, figure, mark, percent, slug, span
 
@@ -100,4 +100,4 @@ def passes(bench: list[runs.Group], title: str, end: str) -> Table:
 
 def parameters(config: dict) -> int:
     """Parameters of the ViT of a run."""
-    return sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_params(FrozenConfigDict(config))["vit"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_params(configuration.migrated(config))["vit"]))

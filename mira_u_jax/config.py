@@ -286,19 +286,24 @@ def is_transport(dotted: str) -> bool:
     return any(f"{dotted}.".startswith(f"{key}.") for key in TRANSPORT)
 
 
+def migrated(tree: dict) -> ml_collections.FrozenConfigDict:
+    """The configuration in a run's JSON, an older one's with LATER filled in and its keys RENAMED; `tree` stays as it is."""
+    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    for dotted, value in LATER.items():
+        branch, key = dotted.split(".")
+        tree.setdefault(branch, {}).setdefault(key, value)
+    for old, new in RENAMED.items():
+        (branch, before), after = old.split("."), new.split(".")[1]
+        if before in tree.get(branch, {}):
+            tree[branch][after] = tree[branch].pop(before)
+    return ml_collections.FrozenConfigDict(tree)
+
+
 def load(workdir) -> ml_collections.FrozenConfigDict:
     """The resolved configuration of a run, an older one's with LATER filled in; UserError when `workdir` holds none."""
     path = pathlib.Path(workdir) / "config.json"
     try:
-        tree = json.loads(path.read_text())["config"]
-        for dotted, value in LATER.items():
-            branch, key = dotted.split(".")
-            tree.setdefault(branch, {}).setdefault(key, value)
-        for old, new in RENAMED.items():
-            (branch, before), after = old.split("."), new.split(".")[1]
-            if before in tree.get(branch, {}):
-                tree[branch][after] = tree[branch].pop(before)
-        return ml_collections.FrozenConfigDict(tree)
+        return migrated(json.loads(path.read_text())["config"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --workdir must be a folder that main has trained in") from None
     except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or of another shape

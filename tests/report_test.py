@@ -66,6 +66,14 @@ def test_a_run_that_is_measured_on_ph2_stands_in_its_table_alone(results, tmp_pa
     assert ".9100" in next((tmp_path / "out").glob("table3*.csv")).read_text()
 
 
+def test_the_parameters_of_a_run_with_older_keys_are_counted(results):
+    settings = json.loads(results("frac=0.5,preset=smoke,label_seed=3,seed=3", 0.9).read_text())["config"]
+    wanted = beside.parameters(settings)
+    settings["student"]["heads"] = settings["student"].pop("outputs")
+    del settings["mesh"], settings["evaluation"]
+    assert beside.parameters(settings) == wanted > 1_000 and "heads" in settings["student"]
+
+
 def test_differences_and_gaps(written):
     rows = {(row["method"], row["against"]): row for row in read(written, "differences") if row["labels"] == "10%"}
     row = rows["mira_u", "supervised"]
