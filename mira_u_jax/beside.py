@@ -54,10 +54,8 @@ def tables(bench: list[runs.Group], title: str) -> list[Table]:
     """
     end, ph2 = slug(title), bench[0].config["test"] == "ph2"
     found = [] if ph2 else [passes(bench, title, end)]
-    for number, about in TITLES.items():
-        if ph2 and number != 3:
-            continue
-        on = "ph2" if number == 3 and not ph2 else ""
+    for number in [3] if ph2 else TITLES:
+        about, on = TITLES[number], "ph2" if number == 3 and not ph2 else ""
         rows = [(row, ours(bench, row, on)) for row in paper.ROWS if row.table == number]
         if any(group for _, group in rows):
             cells = [published(row) + again(group, on) for row, group in rows]

@@ -127,7 +127,10 @@ def cases(groups, output, end: str) -> list[str]:
     """
     names = []
     for group in groups:
-        figures = (first(group) or pathlib.Path("nowhere")) / "figures"
+        folder = first(group)
+        if folder is None:
+            continue
+        figures = folder / "figures"
         for path in [*sorted(figures.glob("train_*.png"))[-1:], *sorted(figures.glob("*_student*.png"))]:
             what = "training" if path.name.startswith("train_") else slug(path.stem)
             names.append(f"cases_{end}_{slug(group.title)}_{group.config['frac']:g}_{what}.png")

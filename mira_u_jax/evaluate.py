@@ -7,7 +7,6 @@ logits over the four flips of an image, whatever the run's configuration says.
 """
 
 import csv
-import functools
 import json
 import pathlib
 
@@ -105,6 +104,7 @@ AVERAGED = (
 
 def summary(rows: list[dict], tables: list[dict], temperature: float | None = None) -> dict:
     """The figures of all images from those of each (`measure`); the calibrated ones only with a temperature."""
+
     def curves(part, temperature=1.0):
         return np.stack([calibration.reliability(table[part], temperature) for table in tables])
 
@@ -126,15 +126,10 @@ def summary(rows: list[dict], tables: list[dict], temperature: float | None = No
 
 def doubts(column: dict[str, np.ndarray]) -> dict:
     """Figures of the doubt of each image, as metrics.summary weighs them; column: (n,) each."""
-    dice, failed, sigma, entropy = column["dice"], metrics.failures(column["iou"]), column["doubt"], column["doubt_entropy"]
-    return {
-        "dice_surest": functools.partial(selective.surest, sigma, dice),
-        "failure_rate_surest": functools.partial(selective.surest, sigma, failed),
-        "failure_auroc": functools.partial(selective.failure_auroc, sigma, failed),
-        "failure_auroc_entropy": functools.partial(selective.failure_auroc, entropy, failed),
-        "aurc": functools.partial(selective.aurc, sigma, 1 - dice),
-        "aurc_entropy": functools.partial(selective.aurc, entropy, 1 - dice),
-    }
+    dice, failed = column["dice"], metrics.failures(column["iou"])
+    plain = selective.figures(dice, failed, column["doubt"])
+    entropy = selective.figures(dice, failed, column["doubt_entropy"])
+    return plain | {f"{name}_entropy": entropy[name] for name in ("failure_auroc", "aurc")}
 
 
 def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, refit: bool = False) -> dict:
@@ -150,7 +145,7 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
     if not (at_hand or refit):
         return {}
     own = predictor.settings.to_dict() | {"data_dir": data_dir}
-    own["files"] = own.get("files", {}) | {"extra": ""}  # holds no outlines
+    own["files"] |= {"extra": ""}  # holds no outlines
     try:
         dataset = data.training_set(FrozenConfigDict(own))
     except (UserError, DataError):

@@ -120,14 +120,15 @@ def gaps(groups) -> Table:
 def listed(groups) -> Table:
     """Every run by itself, with where it comes from."""
     also = sorted({name for g in groups for run in g.runs for name in run.also})
-    shown = {"HD95 %": "hd95", "missed": "missed", "failures": "failure_rate", "ECE": "ece", "after T": "ece_calibrated",
-             "AUSE sigma": "ause", "AUSE 1-|2p-1|": "ause_entropy"}
+    shown = {"missed": "missed", "failures": "failure_rate"} | {
+        name: MORE[name] for name in ("HD95 %", "ECE", "ECE after T", "AUSE sigma", "AUSE 1-|2p-1|")
+    }
     header = ["data", "labels", "method", "label seed", "seed", "Dice", "95% images", "check", *shown,
               *(f"Dice on {name}" for name in also), "seconds", "hardware", "commit"]
     rows = [
         [heading(g), percent(g), g.title, *map(str, run.pair), figure(run.evaluation["dice"]),
          span(tuple(run.evaluation["ci95"]["dice"])), mark(consistency.verdict(run.evaluation)),
-         *(str(value) if isinstance(value := run.evaluation.get(key), int) else figure(value) for key in shown.values()),
+         *(figure(run.evaluation.get(key)) for key in shown.values()),
          *(figure(run.also.get(name, {}).get("dice")) for name in also), f"{run.seconds:.0f}", run.hardware, run.commit[:8]]
         for g in groups for run in g.runs
     ]

@@ -23,12 +23,7 @@ ENOUGH = 5  # pairs before a difference may be called one
 SAME = ("label_seed", "seed", "data_dir", "data")  # top-level keys in which the runs of a group may differ
 NAMED = ("name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold")  # what a title or a heading says
 
-READ = ("tp", "fp", "fn", "tn", "sigma", "dice", "iou")  # of each image, for the figures of
-DOUBTS = {
-    "failure_auroc": lambda doubt, column: selective.failure_auroc(doubt, metrics.failures(column["iou"])),
-    "dice_surest": lambda doubt, column: selective.surest(doubt, column["dice"]),
-    "failure_rate_surest": lambda doubt, column: selective.surest(doubt, metrics.failures(column["iou"])),
-}
+DOUBTS = ("failure_auroc", "dice_surest", "failure_rate_surest")  # what the figures of each image still tell of older runs
 UNHEARD = {  # what a run without pseudo-labels does not read
     "teacher", "pseudo", "vit",
     *(f"loss.{k}" for k in ("gamma", "ramp", "wait", "norm", "distance", "feature", "lambda_u", "lambda_c")),
@@ -74,10 +69,10 @@ class Run:
         """A figure of the evaluation; None where it has none. Of runs older than doubts, these from the images' figures."""
         value = self.evaluation.get(name)
         if value is None and name in DOUBTS and self.images and "sigma" in self.images[0]:
-            column = {key: np.array([float(row[key]) for row in self.images]) for key in READ}
-            pixels, area = sum(column[key] for key in ("tp", "fp", "fn", "tn")), column["tp"] + column["fp"]
-            doubt = np.where(area > 0, column["sigma"] * pixels / np.maximum(area, 1), pixels)  # selective.doubt
-            found = float(DOUBTS[name](doubt, column))
+            column = {key: np.array([float(row[key]) for row in self.images]) for key in self.images[0] if key != "id"}
+            area, pixels = column["tp"] + column["fp"], sum(column[key] for key in ("tp", "fp", "fn", "tn"))
+            doubt = selective.per_area(column["sigma"] * pixels, area, pixels)
+            found = float(selective.figures(column["dice"], metrics.failures(column["iou"]), doubt)[name]())
             value = found if math.isfinite(found) else None
         return value
 

@@ -8,8 +8,10 @@ Table = tuple[str, str, list[str], list[list[str]]]  # file name, title, header,
 
 
 def figure(value, digits: int = 4) -> str:
-    """A number without its leading zero, - where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
+    """A number without its leading zero, a count as it is, - where there is none."""
+    if value is None or isinstance(value, int):
+        return "-" if value is None else str(value)
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
 
 
 def span(bounds) -> str:

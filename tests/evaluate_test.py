@@ -242,7 +242,7 @@ def training(tiny_data, monkeypatch):
 class Red:
     """A predictor whose logits are the red channel."""
 
-    name, settings = "student", FrozenConfigDict({"data_dir": "elsewhere"})
+    name, settings = "student", FrozenConfigDict({"data_dir": "elsewhere", "files": {"extra": ""}})
 
     def __call__(self, examples):
         for example in examples:

@@ -219,7 +219,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "tests/grid_test.py -k left_alone"),
     ("every row is possible", "consistency.py", "if by > EXACT]", "if by > 1]",
      "tests/consistency_test.py -k catches"),
-    ("an empty mask is a sure one", "selective.py", "if area else float(predicted.size)", "if area else 0.0",
+    ("an empty mask is a sure one", "selective.py", "np.maximum(area, 1), pixels)", "np.maximum(area, 1), 0.0)",
      "tests/selective_test.py -k empty"),
     ("ties count whole", "selective.py", "- good / 2", "- good", "tests/selective_test.py -k auroc"),
     ("the most doubtful are kept", "selective.py",

@@ -166,7 +166,10 @@ def test_pictures_of_a_run_come_along(results, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "as_text"),
-    [(0.12346, ".1235"), (-0.5, "-.5000"), (1.0, "1.00"), (12.346, "12.35"), (None, "-"), (0.0, ".0000")],
+    [
+        (0.12346, ".1235"), (-0.5, "-.5000"), (1.0, "1.00"), (12.346, "12.35"), (None, "-"), (0.0, ".0000"), (0, "0"),
+        (3, "3"),
+    ],
 )
 def test_figures(value, as_text):
     assert text.figure(value) == as_text
