@@ -22,10 +22,13 @@ def compiled():
                 names.append(words[1].removeprefix("jit(").removesuffix(")"))
 
     handler, logger = Handler(), logging.getLogger("jax")
+    level = logger.level  # a command run in this process before has set it to silence
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
     jax.config.update("jax_log_compiles", True)
     yield names
     jax.config.update("jax_log_compiles", False)
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
