@@ -1,6 +1,6 @@
 """How fast the whole MIRA-U step is, against the same step in PyTorch, in one run on this machine.
 
-    python -m benchmarks.bench [--json=FILE] [--grid=default|axes|full] [--size=128 --batch=8 --passes=8 --seconds=200]
+    python -m benchmarks.bench [--json=FILE] [--grid=pixels|axes|full] [--size=128 --batch=8 --passes=8 --seconds=200]
 
 Prints one markdown table; --json also writes its rows. What they mean: benchmarks/README.md. Each framework has a process of
 its own and works only in its turn; this one imports neither.
@@ -47,7 +47,7 @@ class Table:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the rows there")
-    parser.add_argument("--grid", choices=("default", "axes", "full"), default="default")
+    parser.add_argument("--grid", choices=("default", "pixels", "axes", "full"), default="default")
     parser.add_argument("--preset", default="cpu128", help="whose networks (configs/common.py)")
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--batch", type=int, default=8, help="labelled images a step, and as many unlabelled ones")
@@ -61,8 +61,9 @@ def main(argv=None) -> int:
     if args.grid != "default":
         from benchmarks import grid
 
-        settings = grid.FULL if args.grid == "full" else grid.AXES
-        grid.measure(Table(args.json), args.preset, args.set, seconds=args.seconds / 100, settings=settings)
+        grid.measure(
+            Table(args.json), args.preset, args.set, seconds=args.seconds / 100, settings=grid.GRIDS[args.grid]
+        )
         return 0
     if not importlib.util.find_spec("torch"):
         print("error: the peer needs PyTorch: .venv/bin/python -m pip install torch", file=sys.stderr)

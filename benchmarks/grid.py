@@ -14,12 +14,14 @@ ALONE = ("one ViT pass", "one student pass")
 
 FULL = list(itertools.product(SIZES, PASSES, BATCHES, PRECISIONS))
 AXES = [s for s in FULL if s[1] > 1 and sum(a != b for a, b in zip(s, BASE, strict=True)) <= 1]  # one changed at a time
+GRIDS = {"pixels": [s for s in AXES if s[1:] == BASE[1:]], "axes": AXES, "full": FULL}
+SETTLE = 4  # steps until memory is the process's own (memory.keep_freed): at 256 px the first three cost up to half more
 
 
 def measure(table, preset: str, changes, *, seconds: float, settings):
     """Measure settings (size, M, B, precision) and fit the results.
 
-    Each in a process of its own, for `seconds` and three steps at least.
+    Each in a process of its own, for `seconds` and three steps at least, after SETTLE steps.
     """
     found = {}
     for size, m, batch, precision in settings:
@@ -30,8 +32,8 @@ def measure(table, preset: str, changes, *, seconds: float, settings):
         try:
             with Remote(OURS, setting) as ours:
                 cost = ours("compile")
-                first = ours("run", 1)
-                times = [ours("run", 1) for _ in range(max(3, min(int(seconds / first), 50)))]
+                expected = ours("run", SETTLE) / SETTLE
+                times = [ours("run", 1) for _ in range(max(3, min(int(seconds / expected), 50)))]
                 row = {"seconds": float(np.median(times)), "memory": ours("peak_memory"), "flops": cost["flops"]}
                 if (m, batch, precision) == BASE[1:]:  # the parts of the fits need one M and one B
                     row |= {part: ours("part", part, seconds) for part in ALONE}
@@ -77,12 +79,12 @@ def fits(table, found: dict, end: str = ""):
                 f"slope in B, {size} px, M = {m}{end}", f"{1e3 * slope:.1f} ms an image pair",
                 f"largest residual {rest:.1%}", slope=slope, residual=rest,
             )
-    for part in ("student", "teacher"):
-        points = [(size**2, row[part]) for (size, _, _), row in found.items() if part in row]
+    for part, name in (("student", "student"), ("teacher", "teacher"), ("seconds", "whole step")):
+        points = [(size**2, row[part]) for (size, _, _), row in found.items() if "student" in row]
         if len(points) > 1:
             x, y = np.log(np.array(points)).T
             power = float(np.polyfit(x, y, 1)[0])
-            table.add(f"power of pixels, {part}", f"{power:.2f}", f"log-log slope over {len(points)} sizes", power=power)
+            table.add(f"power of pixels, {name}", f"{power:.2f}", f"log-log slope over {len(points)} sizes", power=power)
 
 
 def line(points) -> tuple[float | None, float | None]:

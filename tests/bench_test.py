@@ -213,6 +213,7 @@ def test_fits(tmp_path):
     assert rows["slope in B, 128 px, M = 8, float32"]["slope"] == pytest.approx(1.04)
     assert rows["power of pixels, student"]["power"] == pytest.approx(1.0)
     assert rows["power of pixels, teacher"]["power"] == pytest.approx(1.5)
+    assert rows["power of pixels, whole step"]["power"] == pytest.approx(1.0)
 
 
 def test_the_axes_of_the_grid_cross_at_the_base_and_each_has_its_line():
@@ -220,6 +221,7 @@ def test_the_axes_of_the_grid_cross_at_the_base_and_each_has_its_line():
     for axis, name in enumerate(("sizes", "passes", "batches", "precisions")):
         rest = [s[:axis] + s[axis + 1 :] for s in grid.AXES]
         assert rest.count(grid.BASE[:axis] + grid.BASE[axis + 1 :]) >= 2, name
+    assert [s[0] for s in grid.GRIDS["pixels"]] == list(grid.SIZES)
 
 
 @pytest.mark.slow
@@ -233,7 +235,7 @@ def test_the_grid_end_to_end(tmp_path, monkeypatch):
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows["33 px, M = 2, B = 2, float32"]["result"] == "failed"
     assert rows["slope in M, 32 px, B = 2, float32"]["standalone"] > 0
-    assert {"power of pixels, student", "power of pixels, teacher"} < rows.keys()
+    assert {f"power of pixels, {part}" for part in ("student", "teacher", "whole step")} < rows.keys()
 
 
 @pytest.mark.slow
