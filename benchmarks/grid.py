@@ -15,7 +15,7 @@ ALONE = ("one ViT pass", "one student pass")
 FULL = list(itertools.product(SIZES, PASSES, BATCHES, PRECISIONS))
 AXES = [s for s in FULL if s[1] > 1 and sum(a != b for a, b in zip(s, BASE, strict=True)) <= 1]  # one changed at a time
 GRIDS = {"pixels": [s for s in AXES if s[1:] == BASE[1:]], "axes": AXES, "full": FULL}
-SETTLE = 4  # steps until memory is the process's own (memory.keep_freed): at 256 px the first three cost up to half more
+SETTLE = 4  # steps that are not timed: the kernel has to find the huge pages first
 
 
 def measure(table, preset: str, changes, *, seconds: float, settings):

@@ -17,10 +17,12 @@ class RemoteError(RuntimeError):
 class Remote:
     """An object of class MODULE:CLASS in a fresh process: remote("method", *args) calls it there and waits.
 
-    environ: variables set there before the module, and with it the framework, is imported.
+    environ: variables set there before the module, and with it the framework, is imported. Huge pages for all, as in our
+    runs.
     """
 
     def __init__(self, target: str, *args, environ=None, **kwargs):
+        os.environ |= memory.HUGE_PAGES | os.environ  # a process hears of them when it starts
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, target, args, kwargs, environ or {}), daemon=True)
@@ -59,8 +61,7 @@ class Remote:
 
 
 def serve(pipe, target, args, kwargs, environ):
-    """The process: build the object, then answer calls until the pipe closes. Memory as in our runs, for all alike."""
-    memory.keep_freed()
+    """The process: build the object, then answer calls until the pipe closes."""
     os.environ.update(environ)
     module, name = target.split(":")
     call = lambda method, args, kwargs: getattr(served, method)(*args, **kwargs)  # noqa: E731

@@ -15,7 +15,7 @@ from mira_u_jax.rng import named
 matplotlib.use("Agg")  # no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = {"sigma": ("magma", 0, 0.3), "w": ("viridis", 0, 1)}  # name -> colour map and its ends; others are grey, 0..1
+COLOURS = {"sigma": ("magma", 0, 0.3), "weight": ("viridis", 0, 1)}  # name -> colour map and its ends; others are grey, 0..1
 
 
 def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
@@ -76,8 +76,8 @@ def training_curves(workdir):
 def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
     """A function (step, state) that draws DIR/figures/train_<step>.png and returns that path.
 
-    Image, truth, pseudo-label, sigma, w and the averaged student's prediction of the same few images without outlines
-    (of labelled ones where all are labelled); supervised runs have no pseudo-label.
+    Image, truth, pseudo-label, sigma, weight (w times keep) and the averaged student's prediction of the same few images
+    without outlines (of labelled ones where all are labelled); supervised runs have no pseudo-label.
     """
     config, semi = run.config, run.config.loss.beta > 0
     hidden = np.setdiff1d(run.dataset.unlabelled, labelled)
@@ -92,7 +92,7 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
             label = pseudo.pseudo_labels(
                 state, image, named(key, "figures"), networks=networks, config=config, share=state.step / steps
             )["student"]
-            maps |= {"pseudo-label": label.target, "sigma": label.sigma, "w": label.w * label.keep}
+            maps |= {"pseudo-label": label.target, "sigma": label.sigma, "weight": label.w * label.keep}
         return maps
 
     def draw(step, state):
@@ -101,7 +101,7 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
         path = run.workdir / "figures" / f"train_{step:06d}.png"
         if jax.process_index():  # every process computes, the first one writes
             return path
-        titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "w", "prediction") if t in maps]
+        titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "weight", "prediction") if t in maps]
         panel(path, {t: maps[t] for t in titles}, [str(i) for i in shown])
         return path
 

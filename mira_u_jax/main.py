@@ -11,10 +11,15 @@ import contextlib
 import pathlib
 import sys
 
+from mira_u_jax import memory
+
+if __name__ == "__main__":
+    memory.with_huge_pages()  # before anything heavy is imported
+
 from absl import flags
 from ml_collections import config_flags
 
-from mira_u_jax import cluster, command, config, evaluate, memory, replicates, sharding, train
+from mira_u_jax import cluster, command, config, evaluate, replicates, sharding, train
 from mira_u_jax.errors import UserError
 from mira_u_jax.workdir import claimed
 
@@ -39,7 +44,6 @@ def main():
         if PROCESSES.value:
             raise UserError("--seeds: each seed is a process of its own, so leave --processes out")
         sys.exit(replicates.run(sys.argv[1:], workdir, range(resolved.seed, resolved.seed + SEEDS.value)))
-    memory.keep_freed()
     if PROCESSES.value is None and not (CLUSTER.value or cluster.launched()):
         sharding.use_cores(resolved)
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, found=CLUSTER.value, timeout=TIMEOUT.value)
