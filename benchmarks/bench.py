@@ -184,9 +184,9 @@ def take_turns(table: Table, forms: dict, images: int, seconds: float, notes: di
         median = statistics.median(each)
         table.add(
             f"step_{name}", f"{median:.3f} s, {images / median:.2f} images/s",
-            f"median of {len(each)} turns of {count} step{'s' * (count > 1)} after one that is not counted, {min(each):.3f} to "
-            f"{max(each):.3f} s"
-            + (f"; {notes[name]}" if name in notes else ""), seconds=median, images_per_s=images / median, all=each,
+            f"median of {len(each)} turns of {count} step{'s' * (count > 1)} after one that is not counted, "
+            f"{min(each):.3f} to {max(each):.3f} s" + (f"; {notes[name]}" if name in notes else ""),
+            seconds=median, images_per_s=images / median, all=each,
         )
     for name in [name for name in forms if name != "ours"]:
         versus(table, f"vs_{name}", times[name], times["ours"], notes.get(name, ""))
