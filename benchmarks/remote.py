@@ -1,5 +1,6 @@
 """A framework in a process of its own that works only when asked, so that two thread pools never share the cores."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -22,11 +23,11 @@ class Remote:
     """
 
     def __init__(self, target: str, *args, environ=None, **kwargs):
-        os.environ |= memory.HUGE_PAGES | os.environ  # a process hears of them when it starts
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, target, args, kwargs, environ or {}), daemon=True)
-        self.process.start()
+        with huge_pages():
+            self.process.start()
         theirs.close()
         self.result()  # the constructor's
 
@@ -58,6 +59,18 @@ class Remote:
 
     def __exit__(self, *_):
         self.close()
+
+
+@contextlib.contextmanager
+def huge_pages():
+    """A process that is started in here has them, as `main` does; what the environment says already stands."""
+    before = dict(os.environ)
+    os.environ |= memory.HUGE_PAGES | before
+    try:
+        yield
+    finally:
+        for key in memory.HUGE_PAGES.keys() - before.keys():
+            del os.environ[key]
 
 
 def serve(pipe, target, args, kwargs, environ):

@@ -14,7 +14,7 @@ import sys
 from mira_u_jax import memory
 
 if __name__ == "__main__":
-    memory.with_huge_pages()  # before anything heavy is imported
+    memory.with_huge_pages("mira_u_jax.main")  # before anything heavy is imported
 
 from absl import flags
 from ml_collections import config_flags
