@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import start
 
-pytestmark = pytest.mark.slow  # five starts of main
+pytestmark = pytest.mark.slow  # six starts of main
 
 
 def test_both_stages_are_timed_to_their_first_line(synthetic_data_dir, tmp_path):
