@@ -15,7 +15,7 @@ def test_both_stages_are_timed_to_their_first_line(synthetic_data_dir, tmp_path)
     start.main([f"--config={config}", "--times=1", f"--json={report}"])
     rows = json.loads(report.read_text())
     assert [row["name"] for row in rows] == ["start, masked image modelling", "start, training"]
-    assert all(len(row["warm_s"]) == 1 and 0 < row["warm_s"][0] < row["cold_s"] for row in rows)
+    assert all(len(row["warm_s"]) == 1 and min(row["cold_s"], *row["warm_s"]) > 0 for row in rows)
 
 
 def test_a_command_that_fails_is_named(tmp_path):
