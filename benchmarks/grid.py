@@ -79,7 +79,7 @@ def fits(table, found: dict, end: str = ""):
                 f"slope in B, {size} px, M = {m}{end}", f"{1e3 * slope:.1f} ms an image pair",
                 f"largest residual {rest:.1%}", slope=slope, residual=rest,
             )
-    for part, name in (("student", "student"), ("teacher", "teacher"), ("seconds", "whole step")):
+    for part, name in {"student": "student", "teacher": "teacher", "seconds": "whole step"}.items():
         points = [(size**2, row[part]) for (size, _, _), row in found.items() if "student" in row]
         if len(points) > 1:
             x, y = np.log(np.array(points)).T

@@ -1,12 +1,12 @@
 """A framework in a process of its own that works only when asked, so that two thread pools never share the cores."""
 
-import contextlib
 import importlib
 import multiprocessing
 import os
 import resource
 import time
 import traceback
+from unittest import mock
 
 from mira_u_jax import memory
 
@@ -26,7 +26,7 @@ class Remote:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, target, args, kwargs, environ or {}), daemon=True)
-        with huge_pages():
+        with mock.patch.dict(os.environ, memory.HUGE_PAGES | os.environ):  # it hears of them when it starts
             self.process.start()
         theirs.close()
         self.result()  # the constructor's
@@ -59,18 +59,6 @@ class Remote:
 
     def __exit__(self, *_):
         self.close()
-
-
-@contextlib.contextmanager
-def huge_pages():
-    """A process that is started in here has them, as `main` does; what the environment says already stands."""
-    before = dict(os.environ)
-    os.environ |= memory.HUGE_PAGES | before
-    try:
-        yield
-    finally:
-        for key in memory.HUGE_PAGES.keys() - before.keys():
-            del os.environ[key]
 
 
 def serve(pipe, target, args, kwargs, environ):

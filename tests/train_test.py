@@ -11,7 +11,7 @@ from mira_u_jax import steps, train
 
 
 @pytest.fixture
-def compiled():
+def compiled(caplog):
     """Names of the functions XLA compiles while the test runs."""
     names = []
 
@@ -22,13 +22,11 @@ def compiled():
                 names.append(words[1].removeprefix("jit(").removesuffix(")"))
 
     handler, logger = Handler(), logging.getLogger("jax")
-    level = logger.level  # a command run in this process before has set it to silence
+    caplog.set_level(logging.WARNING, logger="jax")  # a command run in this process before has set it to silence
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
     jax.config.update("jax_log_compiles", True)
     yield names
     jax.config.update("jax_log_compiles", False)
-    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
