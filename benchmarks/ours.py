@@ -213,7 +213,7 @@ class Ours:
 
         @functools.partial(jax.jit, donate_argnums=0)
         def made(state, grads):
-            return steps.update(state, grads, self.tx, self.config.ema.alpha)[0]
+            return steps.average(steps.update(state, grads, self.tx)[0], self.config.ema.alpha)
 
         def call():
             nonlocal held

@@ -1,7 +1,7 @@
 """The method: pretrain_step, train_step and eval_step, pure functions that the loop compiles once each.
 
 A network is a pure function of a plain parameter tree. theta = state.params = {"student": ..., "vit": ...} are the online
-parameters, phi = state.ema = EMA(theta) has the same tree; a network that nothing reads is not in it.
+parameters, phi = state.ema = EMA(theta) has the same tree; a network that nothing reads is not in it. Stage 1 has no phi.
 """
 
 import dataclasses
@@ -135,11 +135,14 @@ def abstract_params(config) -> dict:
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def init_state(params, tx, optim) -> TrainState:
-    """State at step 0. phi starts as a COPY of theta: both are donated, so they must not share buffers."""
+def init_state(params, tx, optim, *, averaged: bool = True) -> TrainState:
+    """State at step 0. phi starts as a COPY of theta: both are donated, so they must not share buffers.
+
+    averaged: False leaves phi out, {}, where nothing reads it.
+    """
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params), opt=tx.init(params),
-        plateau=make_plateau(optim).init(params),
+        step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params) if averaged else {},
+        opt=tx.init(params), plateau=make_plateau(optim).init(params),
     )
 
 
@@ -189,7 +192,7 @@ def pretrain_step(state: TrainState, data, index, key, *, networks, tx, config):
         return sum(losses.values()), losses
 
     (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state, metrics = update(state, grads, tx, config.ema.alpha)
+    state, metrics = update(state, grads, tx)
     return state, metrics | {"loss": loss} | losses
 
 
@@ -258,9 +261,11 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
         return loss, parts
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    # 6., 7. AdamW on theta, then phi.
+    # 6. AdamW on theta.
+    state, updated = update(state, grads, tx)
+    # 7. phi.
     every = min(max(steps_of(config.ema.every, epoch=epoch), 1), steps)  # a run shorter than that averages at its end
-    state, updated = update(state, grads, tx, config.ema.alpha, every)
+    state = average(state, config.ema.alpha, every)
     return state, metrics | updated | {"loss": loss} | parts
 
 
@@ -309,16 +314,21 @@ def mim(network: Network, params, image, key, config):
     return equations.mim_loss(rebuilt, to_patches(image, patch), hidden)
 
 
-def update(state: TrainState, grads, tx, alpha: float, every: int = 1):
-    """AdamW step on theta and, each `every` steps, Eq. (6) on phi. Returns (state, metrics)."""
+def update(state: TrainState, grads, tx):
+    """AdamW step on theta. Returns (state, metrics)."""
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * state.plateau.scale, updates))
-    ema = equations.ema_update(state.ema, params, state.step // every, alpha)
-    if every > 1:
-        due = (state.step + 1) % every == 0
-        ema = jax.tree.map(lambda new, old: jnp.where(due, new, old), ema, state.ema)
     metrics = {f"grad_{name}": optax.global_norm(g) for name, g in grads.items()}
-    return state.replace(step=state.step + 1, params=params, ema=ema, opt=opt), metrics
+    return state.replace(step=state.step + 1, params=params, opt=opt), metrics
+
+
+def average(state: TrainState, alpha: float, every: int = 1) -> TrainState:
+    """Eq. (6) on phi after every `every`-th step, state.step of which are done."""
+    ema = equations.ema_update(state.ema, state.params, (state.step - 1) // every, alpha)
+    if every > 1:
+        due = state.step % every == 0
+        ema = jax.tree.map(lambda new, old: jnp.where(due, new, old), ema, state.ema)
+    return state.replace(ema=ema)
 
 
 def to_float(x):

@@ -149,9 +149,9 @@ class Run:
 
         return streamed if self.resident is None else resident
 
-    def start(self, params, tx):
+    def start(self, params, tx, *, averaged: bool = True):
         """(state at step 0, where each of its leaves lies) on the mesh."""
-        init = functools.partial(steps.init_state, tx=tx, optim=self.config.optim)
+        init = functools.partial(steps.init_state, tx=tx, optim=self.config.optim, averaged=averaged)
         layout = sharding.layout(jax.eval_shape(init, params), self.mesh, fsdp=self.config.mesh.fsdp)
         return jax.jit(init, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0})(params), layout
 
@@ -168,7 +168,7 @@ class Run:
             what: max(configuration.steps_of(cfg[f"{what}_every"], epoch=epoch, total=total, key=f"train.{what}_every"), 1)
             for what in ("log", "save", "figures")
         }
-        state, layout = self.start(params, tx)
+        state, layout = self.start(params, tx, averaged=name == "train")
         step_fn = self.compiled(step_fn, layout)
         with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager, Notice() as leave:
             state = checkpoint.restore(manager, state) or state

@@ -110,11 +110,15 @@ MUTANTS = [Mutant(*fields) for fields in (
      '                part["unsup"] = unsupervised(z_s, leak, name, cfg)', f"{REF} -k constant_labels"),
     ("the ViT gets the student's weak term", "steps.py", 'cfg.lambda_c if learner == "student" else 0.0', "cfg.lambda_c",
      LOSSES),
-    ("EMA of the student alone", "steps.py", "ema = equations.ema_update(state.ema, params, state.step // every, alpha)",
+    ("EMA of the student alone", "steps.py",
+     "ema = equations.ema_update(state.ema, state.params, (state.step - 1) // every, alpha)",
      'ema = {**state.ema, "student": equations.ema_update(\n'
-     '        state.ema["student"], params["student"], state.step // every, alpha)}', f"{STEP} -k phi_is_their_average"),
-    ("EMA of the weights before the update", "steps.py", "equations.ema_update(state.ema, params,",
-     "equations.ema_update(state.ema, state.params,", f"{STEP} -k phi_is_their_average"),
+     '        state.ema["student"], state.params["student"], (state.step - 1) // every, alpha)}',
+     f"{STEP} -k phi_is_their_average"),
+    ("EMA of the weights before the update", "steps.py", "state, updated = update(state, grads, tx)",
+     "before = state\n    state, updated = update(state, grads, tx)\n"
+     "    state = state.replace(ema=equations.ema_update(state.ema, before.params, before.step, config.ema.alpha))\n"
+     "    return state, metrics | updated | {'loss': loss} | parts", f"{STEP} -k phi_is_their_average"),
     ("one gradient clip for both networks", "steps.py",
      "return optax.partition(dict.fromkeys(names, adamw), {name: name for name in names})", "return adamw",
      f"{STEP} -k clipped"),

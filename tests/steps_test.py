@@ -284,7 +284,8 @@ def test_phi_may_move_every_few_steps_only(toy):
     tx, params = toy
     optim = types.SimpleNamespace(plateau=types.SimpleNamespace(factor=0.5, patience=1, cooldown=0, min_scale=0.01))
     state = steps.init_state(jax.tree.map(lambda x: x, params), tx, optim)
-    move = jax.jit(lambda state: steps.update(state, jax.tree.map(jnp.ones_like, params), tx, 0.9, 3)[0])
+    grads = jax.tree.map(jnp.ones_like, params)
+    move = jax.jit(lambda state: steps.average(steps.update(state, grads, tx)[0], 0.9, 3))
     states = [state]
     for _ in range(6):
         states.append(move(states[-1]))
