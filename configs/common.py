@@ -49,7 +49,7 @@ def tree() -> ml_collections.ConfigDict:
     c.seed = 0  # initial weights, data order, dropout, augmentation
     c.size = 256  # images are squashed to size x size
     c.student = dict(
-        widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "swin", "swin", "swin"),
+        widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "conv", "conv", "swin"),
         skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1, outputs=1,
     )
     c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
