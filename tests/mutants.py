@@ -127,7 +127,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      f"{STEP} -k plateau_scale"),
     ("the same randomness in every step", "steps.py", 'jax.random.fold_in(named(key, "train"), state.step)',
      'named(key, "train")', f"{STEP} -k step_number"),
-    ("phi never waits", "steps.py", "due = (state.step + 1) % every == 0", "due = True", f"{STEP} -k every_few_steps"),
+    ("phi never waits", "steps.py", "due = state.step % every == 0", "due = True", f"{STEP} -k every_few_steps"),
     ("L_MIM in the loop stops before the encoder", "steps.py", '["encoder"]}', '["encoder"]}\n'
      '            encoder = jax.lax.stop_gradient(encoder)', f"{REF} -k reaches_the_encoder"),
     ("the weight of L_MIM in the loop is unused", "steps.py", "config.mim.joint_weight * parts", "parts",
