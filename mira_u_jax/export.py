@@ -74,8 +74,7 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
         "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout passes; "
         f"`float32 (n, {s}, {s})`",
         "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0",
-        "trained on": f"{DATA[settings.dataset]}; outlines of {100 * settings.frac:g}% of them used, label seed "
-        f"{settings.label_seed}, seed {settings.seed}",
+        "trained on": seen(settings, run.get("data", {})),
         "commit": run.get("commit") or "unknown", "versions": versions,
     }
     lines = [f"# {file}", "", INTENDED, "", "| | |", "|---|---|"]
@@ -89,6 +88,15 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     else:
         lines.append("Nothing: this network was not evaluated.")
     return "\n".join([*lines, "", "## Limits", "", LIMITS, ""])
+
+
+def seen(settings, data: dict) -> str:
+    """What a network learned from; data: "images" and "labelled" of its run, which older runs do not know."""
+    used = f"{100 * settings.frac:g}% of them"
+    if data:
+        more = ", with photographs of the person who trained it" if settings.files.extra else ""
+        used = f"{data['labelled']} of {data['images']} images{more}"
+    return f"{DATA[settings.dataset]}; outlines of {used} used, label seed {settings.label_seed}, seed {settings.seed}"
 
 
 INTENDED = """\

@@ -77,3 +77,16 @@ def test_a_card_has_figures_of_its_own_network_only(smoke_run):
     cards = {name: export.card(smoke_run, "f", settings, name, 3, {}) for name in ("student", "student+flips", "vit")}
     assert "0.8765" in cards["student"] and "0.8765" in cards["student+flips"]
     assert "0.8765" not in cards["vit"] and "not evaluated" in cards["vit"]
+
+
+def test_a_card_says_what_the_network_learned_from(tiny_config):
+    """The counts of the run; photographs of one's own are said, where they lie is not."""
+    isic, folder = {"dataset": "isic2016"}, {"dataset": "folder", "test": "folder"}
+    mine = {"files.images": "clinic", "files.masks": "clinic"}
+    for settings, data, said in (
+        (tiny_config("frac=0.1", **isic), {}, "outlines of 10% of them used, label seed 0"),
+        (tiny_config(**folder, **mine), {"images": 90, "labelled": 12}, "trained it; outlines of 12 of 90 images used"),
+        (tiny_config(**isic, **{"files.extra": "clinic"}), {"images": 2_000, "labelled": 90}, "2000 images, with photo"),
+    ):
+        found = export.seen(settings, data)
+        assert said in found and "clinic" not in found
