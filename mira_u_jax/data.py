@@ -256,11 +256,9 @@ def measurable(config) -> bool:
 
 
 def example(id: str, image_file, mask_file, size: int) -> Example:
-    """The Example of two files; DataError, UserError."""
-    image, mask = common.decode(image_file.read(), image_file), common.decode(mask_file.read(), mask_file)
-    if image.size != mask.size:
-        raise UserError(f"{mask_file} is {mask.size[0]}x{mask.size[1]} but its image is {image.size[0]}x{image.size[1]}")
-    truth = common.binary_mask(mask, mask_file) > 0
+    """The Example of two files; DataError."""
+    image = common.decode(image_file.read(), image_file)
+    truth = common.outline(mask_file, image.size) > 0
     return Example(id, common.squash(np.asarray(image.convert("RGB")), size), truth)
 
 

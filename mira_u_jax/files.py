@@ -39,9 +39,9 @@ class FileRows(Sequence):
 
     def __getitem__(self, i):
         image, mask = self.pairs[i]
-        none = np.zeros((1, 1), np.uint8)
-        outline = common.binary_mask(common.decode(mask.read(), mask), mask) if mask else none
-        return {"image": inputs.pixels(image), "mask": outline[..., None]}
+        pixels = inputs.pixels(image)
+        outline = common.outline(mask, pixels.shape[1::-1]) if mask else np.zeros((1, 1), np.uint8)
+        return {"image": pixels, "mask": outline[..., None]}
 
 
 class Joined(Sequence):
@@ -106,11 +106,7 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
             pixels, mask = inputs.pixels(found[id][0]), None
             reason = look(id, pixels) if look else None
             if id in outlines:
-                file = outlines[id][0]
-                mask = common.binary_mask(common.decode(file.read(), file), file)
-                if mask.shape != pixels.shape[:2]:
-                    (h, w), (mh, mw) = pixels.shape[:2], mask.shape
-                    raise DataError(f"{file} is {mw}x{mh} but its image is {w}x{h}")
+                mask = common.outline(outlines[id][0], pixels.shape[1::-1])
             return pixels.shape[1::-1], reason, "" if mask is None else looks(mask)
         except DataError as error:
             return error

@@ -219,6 +219,14 @@ def binary_mask(image: Image.Image, where: object = "a mask") -> np.ndarray:
     return np.where(values >= (1 if values.max() <= 1 else 128), 255, 0).astype(np.uint8)
 
 
+def outline(file: File, size: tuple[int, int], remedy: str = "") -> np.ndarray:
+    """Reads the mask of an image of `size` (w, h) as `binary_mask` gives it; DataError where its size is another."""
+    mask = decode(file.read(), file)
+    if mask.size != size:
+        raise DataError(f"{file} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}{remedy}")
+    return binary_mask(mask, file)
+
+
 def looks_inverted(mask: np.ndarray) -> bool:
     """Whether most of the rim of a mask (h, w) is lesion and most of the middle is not: black on white, perhaps."""
     h, w = mask.shape
@@ -264,11 +272,7 @@ def encode_pair(files: tuple[File, File], size: int | None, shrink_mask: bool) -
     image_file, mask_file = files
     data = image_file.read()
     image = decode(data, image_file)
-    mask_image = decode(mask_file.read(), mask_file)
-    if mask_image.size != image.size:
-        (mw, mh), (w, h) = mask_image.size, image.size
-        raise DataError(f"{mask_file} is {mw}x{mh} but its image is {w}x{h}: fetch both again from one release")
-    mask = binary_mask(mask_image, mask_file)
+    mask = outline(mask_file, image.size, ": fetch both again from one release")
     if size is None:
         # A CMYK or 16 bit file would come back from TFDS in another shape than the feature promises.
         untouched = image.format == "JPEG" and image.mode in ("RGB", "L")
