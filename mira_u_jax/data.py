@@ -244,7 +244,7 @@ def held_out_examples(config) -> Examples:
     def sound(id):
         try:
             return bool(read(id))
-        except (DataError, UserError):
+        except DataError:
             return False
 
     return Examples(read, [id for id in pairs if not config.files.skip or sound(id)])

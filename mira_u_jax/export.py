@@ -94,7 +94,7 @@ def seen(settings, data: dict) -> str:
     """What a network learned from; data: "images" and "labelled" of its run, which older runs do not know."""
     used = f"{100 * settings.frac:g}% of them"
     if data:
-        more = ", with photographs of the person who trained it" if settings.files.extra else ""
+        more = ", some of them added by the person who trained it," if settings.files.extra else ""
         used = f"{data['labelled']} of {data['images']} images{more}"
     return f"{DATA[settings.dataset]}; outlines of {used} used, label seed {settings.label_seed}, seed {settings.seed}"
 

@@ -86,7 +86,7 @@ def test_a_card_says_what_the_network_learned_from(tiny_config):
     for settings, data, said in (
         (tiny_config("frac=0.1", **isic), {}, "outlines of 10% of them used, label seed 0"),
         (tiny_config(**folder, **mine), {"images": 90, "labelled": 12}, "trained it; outlines of 12 of 90 images used"),
-        (tiny_config(**isic, **{"files.extra": "clinic"}), {"images": 2_000, "labelled": 90}, "2000 images, with photo"),
+        (tiny_config(**isic, **{"files.extra": "clinic"}), {"images": 2_000, "labelled": 90}, "2000 images, some"),
     ):
         found = export.seen(settings, data)
         assert said in found and "clinic" not in found
