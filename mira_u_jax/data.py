@@ -258,7 +258,7 @@ def measurable(config) -> bool:
 def example(id: str, image_file, mask_file, size: int) -> Example:
     """The Example of two files; DataError."""
     image = common.decode(image_file.read(), image_file)
-    truth = common.outline(mask_file, image.size) > 0
+    truth = common.read_mask(mask_file, image.size) > 0
     return Example(id, common.squash(np.asarray(image.convert("RGB")), size), truth)
 
 

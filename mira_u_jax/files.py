@@ -40,7 +40,7 @@ class FileRows(Sequence):
     def __getitem__(self, i):
         image, mask = self.pairs[i]
         pixels = inputs.pixels(image)
-        outline = common.outline(mask, pixels.shape[1::-1]) if mask else np.zeros((1, 1), np.uint8)
+        outline = common.read_mask(mask, pixels.shape[1::-1]) if mask else np.zeros((1, 1), np.uint8)
         return {"image": pixels, "mask": outline[..., None]}
 
 
@@ -106,7 +106,7 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
             pixels, mask = inputs.pixels(found[id][0]), None
             reason = look(id, pixels) if look else None
             if id in outlines:
-                mask = common.outline(outlines[id][0], pixels.shape[1::-1])
+                mask = common.read_mask(outlines[id][0], pixels.shape[1::-1])
             return pixels.shape[1::-1], reason, "" if mask is None else looks(mask)
         except DataError as error:
             return error

@@ -11,11 +11,13 @@ import time
 import jax
 import numpy as np
 
-from mira_u_jax import checkpoint, cluster, data, figures, metrics, sharding, steps
+from mira_u_jax import checkpoint, cluster, data, figures, metrics, sharding, steps, trained
 from mira_u_jax import config as configuration
 from mira_u_jax.errors import Preempted, UserError
 from mira_u_jax.logger import Logger
 from mira_u_jax.preemption import Notice
+
+VALIDATED = 16  # images at a time, for the plateau schedule
 
 
 def run(config, workdir):
@@ -106,19 +108,18 @@ class Run:
         if not len(labelled):
             raise UserError("config key optim.schedule=plateau: one labelled image cannot also validate; use cosine")
         every = max(configuration.steps_of(cfg.every, epoch=epoch, total=total, key="optim.plateau.every"), 1)
-
-        def logits(params, images):  # n s s 3 -> n s s
-            one = lambda image: steps.eval_step(params, image[None], network=network)[0]  # noqa: E731
-            return jax.lax.map(one, images, batch_size=16)
-
-        predict = jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
+        whole = sharding.replicated(self.mesh)
+        predict = jax.jit(functools.partial(steps.eval_step, network=network), out_shardings=whole)
         transform = steps.make_plateau(self.config.optim)
         validation = self.dataset.rows.take(held_out)
 
         def validate(step, state):
             if step % every:
                 return state, {}
-            found = jax.device_get(predict(state.ema["student"], validation["image"])) > 0
+            found = np.concatenate([
+                jax.device_get(predict(state.ema["student"], trained.padded(group, VALIDATED)))[: len(group)] > 0
+                for group in trained.batched(validation["image"], VALIDATED)
+            ])
             counts = [metrics.confusion(p, t > 127) for p, t in zip(found, validation["mask"], strict=True)]
             dice = metrics.scores(counts)["dice"].mean()
             _, plateau = transform.update({}, jax.device_get(state.plateau), value=1 - np.float32(dice))

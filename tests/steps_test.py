@@ -35,7 +35,8 @@ class Case:
         self.networks = steps.make_networks(self.names, stage, config)
         schedule = steps.make_schedule(config.optim, 30, lr=3e-3, schedule="cosine")
         self.tx = steps.make_optimizer(config.optim, self.names, schedule)
-        self.state = steps.init_state({name: params[name] for name in self.names}, self.tx, config.optim)
+        theta = {name: params[name] for name in self.names}
+        self.state = steps.init_state(theta, self.tx, config.optim, averaged=stage == "train")
         parts = dict(networks=self.networks, tx=self.tx, config=config)
         if stage == "train":
             self.step = jax.jit(functools.partial(steps.train_step, steps=30, epoch=3, **parts))
@@ -337,6 +338,7 @@ def test_pretraining_lowers_its_loss_and_reads_no_mask(tiny_config, pretrain_par
         state, m = case.step(state, tiny_data, index, KEY)
         losses.append([m["mim_student"], m["mim_vit"]])
         assert float(m["loss"]) == pytest.approx(float(m["mim_student"] + m["mim_vit"]), rel=1e-5)
+        assert state.ema == {}  # nobody reads an average of this stage
     losses = np.array(losses)
     assert (losses[-5:].mean(0) < 0.7 * losses[:5].mean(0)).all(), losses
     noise = tiny_data | {"mask": 255 - tiny_data["mask"]}

@@ -219,8 +219,8 @@ def binary_mask(image: Image.Image, where: object = "a mask") -> np.ndarray:
     return np.where(values >= (1 if values.max() <= 1 else 128), 255, 0).astype(np.uint8)
 
 
-def outline(file: File, size: tuple[int, int], remedy: str = "") -> np.ndarray:
-    """Reads the mask of an image of `size` (w, h) as `binary_mask` gives it; DataError where its size is another."""
+def read_mask(file: File, size: tuple[int, int], remedy: str = "") -> np.ndarray:
+    """The mask of an image of `size` (w, h), as `binary_mask` gives it; DataError, also where its size is another."""
     mask = decode(file.read(), file)
     if mask.size != size:
         raise DataError(f"{file} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}{remedy}")
@@ -272,7 +272,7 @@ def encode_pair(files: tuple[File, File], size: int | None, shrink_mask: bool) -
     image_file, mask_file = files
     data = image_file.read()
     image = decode(data, image_file)
-    mask = outline(mask_file, image.size, ": fetch both again from one release")
+    mask = read_mask(mask_file, image.size, ": fetch both again from one release")
     if size is None:
         # A CMYK or 16 bit file would come back from TFDS in another shape than the feature promises.
         untouched = image.format == "JPEG" and image.mode in ("RGB", "L")
