@@ -257,9 +257,9 @@ def measurable(config) -> bool:
 
 def example(id: str, image_file, mask_file, size: int) -> Example:
     """The Example of two files; DataError."""
-    image = common.decode(image_file.read(), image_file)
-    truth = common.read_mask(mask_file, image.size) > 0
-    return Example(id, common.squash(np.asarray(image.convert("RGB")), size), truth)
+    pixels = inputs.pixels(image_file)
+    truth = common.read_mask(mask_file, pixels.shape[1::-1]) > 0
+    return Example(id, common.squash(pixels, size), truth)
 
 
 def hold_out(labelled: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

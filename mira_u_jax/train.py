@@ -17,8 +17,6 @@ from mira_u_jax.errors import Preempted, UserError
 from mira_u_jax.logger import Logger
 from mira_u_jax.preemption import Notice
 
-VALIDATED = 16  # images at a time, for the plateau schedule
-
 
 def run(config, workdir):
     """Every stage of a checked configuration, from wherever `workdir` stands to the end. Returns the final TrainState."""
@@ -69,7 +67,7 @@ class Run:
         networks = steps.make_networks(names, "pretrain", config)
         return self.stage(
             "pretrain", total=total, epoch=epoch, images=cfg.batch,
-            params=steps.init_params(names, "pretrain", config, self.key), tx=tx,
+            params=steps.init_params(names, "pretrain", config, self.key), tx=tx, averaged=False,
             step_fn=functools.partial(steps.pretrain_step, networks=networks, tx=tx, config=config),
             batches=self.batches({"unlabelled": data.order(config.seed, "pretrain", self.dataset.unlabelled)}, cfg.batch),
         )
@@ -111,14 +109,14 @@ class Run:
         whole = sharding.replicated(self.mesh)
         predict = jax.jit(functools.partial(steps.eval_step, network=network), out_shardings=whole)
         transform = steps.make_plateau(self.config.optim)
-        validation = self.dataset.rows.take(held_out)
+        validation, batch = self.dataset.rows.take(held_out), trained.batch_of(self.config.size)
 
         def validate(step, state):
             if step % every:
                 return state, {}
             found = np.concatenate([
-                jax.device_get(predict(state.ema["student"], trained.padded(group, VALIDATED)))[: len(group)] > 0
-                for group in trained.batched(validation["image"], VALIDATED)
+                jax.device_get(predict(state.ema["student"], trained.padded(group, batch)))[: len(group)] > 0
+                for group in trained.batched(validation["image"], batch)
             ])
             counts = [metrics.confusion(p, t > 127) for p, t in zip(found, validation["mask"], strict=True)]
             dice = metrics.scores(counts)["dice"].mean()
@@ -152,7 +150,7 @@ class Run:
 
         return streamed if self.resident is None else resident
 
-    def start(self, params, tx, *, averaged: bool = True):
+    def start(self, params, tx, *, averaged=True):
         """(state at step 0, where each of its leaves lies) on the mesh."""
         init = functools.partial(steps.init_state, tx=tx, optim=self.config.optim, averaged=averaged)
         layout = sharding.layout(jax.eval_shape(init, params), self.mesh, fsdp=self.config.mesh.fsdp)
@@ -164,14 +162,16 @@ class Run:
             step_fn = sharding.gathering(step_fn, self.mesh)
         return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, sharding.replicated(self.mesh)))
 
-    def stage(self, name, *, total, epoch, images, params, tx, step_fn, batches, after=None, draw=None) -> steps.TrainState:
+    def stage(
+        self, name, *, total, epoch, images, params, tx, step_fn, batches, averaged=True, after=None, draw=None
+    ) -> steps.TrainState:
         """Run one stage to `total` steps, from its newest checkpoint if there is one. Preempted when told to leave."""
         cfg = self.config.train
         every = {
             what: max(configuration.steps_of(cfg[f"{what}_every"], epoch=epoch, total=total, key=f"train.{what}_every"), 1)
             for what in ("log", "save", "figures")
         }
-        state, layout = self.start(params, tx, averaged=name == "train")
+        state, layout = self.start(params, tx, averaged=averaged)
         step_fn = self.compiled(step_fn, layout)
         with checkpoint.open_manager(self.workdir, name, keep=cfg.keep) as manager, Notice() as leave:
             state = checkpoint.restore(manager, state) or state

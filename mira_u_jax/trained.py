@@ -75,7 +75,7 @@ class Predictor:
         self.settings, self.network, self.params = load(workdir, network, flips)
         self.passes, self.flips = self.settings.evaluation.passes, isinstance(self.network, Mirrored)
         self.name = network + ("+flips" if self.flips else "")
-        self.batch = min(max(PIXELS // self.settings.size**2, 2), 16)
+        self.batch = batch_of(self.settings.size)
         self.step = jax.jit(functools.partial(look, network=self.network, passes=self.passes))
 
     def __call__(self, examples):
@@ -84,6 +84,11 @@ class Predictor:
             found = jax.device_get(self.step(self.params, padded([e.image for e in group], self.batch)))
             for i, example in enumerate(group):
                 yield example, {name: values[i] for name, values in found.items()}
+
+
+def batch_of(size: int) -> int:
+    """How many images of size x size are looked at together."""
+    return min(max(PIXELS // size**2, 2), 16)
 
 
 def padded(images, count: int) -> np.ndarray:
