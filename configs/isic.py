@@ -11,7 +11,7 @@ skip 1, which goes on without the wrong ones of them (docs/usage.md). What each 
 other leaf: --config.loss.gamma=0.02.
 
 preset=cpu: 64 px, two CPU cores, under 20 minutes; with frac=0.1,split=dev it reaches Dice .90 on the development images of
-a 256 px copy, method=supervised .88 (docs/results.md). preset=full and paper: 256 px, one accelerator; not trained so far
+a 256 px copy, method=supervised .89 (docs/results.md). preset=full and paper: 256 px, one accelerator; not trained so far
 for want of one.
 """
 
