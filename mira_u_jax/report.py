@@ -78,13 +78,13 @@ def sharper(group: runs.Group) -> str:
 
 
 def differences(groups) -> Table:
-    """Every group against the supervised one and against plain MIRA-U of the same bench."""
+    """Every group against the supervised one and against MIRA-U of the same bench (runs.base)."""
     header = ["data", "labels", "method", "against", "pairs", "Dice", "95% t", "95% images", "HD95 %", "verdict"]
     rows = []
     for base in ("supervised", "mira_u"):
         for g in groups:
-            other = runs.plain([o for o in groups if o.bench == g.bench], base)
-            if other is None or other is g or (base, g.config["method"]) == ("mira_u", "supervised"):
+            other = runs.base(g, [o for o in groups if o.bench == g.bench], base)
+            if other is None or (base, g.config["method"]) == ("mira_u", "supervised"):
                 continue
             for on in ("", *[name for name in g.also if name in other.also]):
                 found, distance = (runs.difference(g, other, name, on) for name in ("dice", "hd95"))
@@ -105,7 +105,7 @@ def gaps(groups) -> Table:
     for g in groups:
         here = [o for o in groups if heading(o) == heading(g)]
         few, every = (
-            runs.plain([o for o in here if o.config["frac"] == frac], "supervised") for frac in (g.config["frac"], 1)
+            runs.base(g, [o for o in here if o.config["frac"] == frac], "supervised") for frac in (g.config["frac"], 1)
         )
         if g.config["method"] == "supervised" or few is every:
             continue

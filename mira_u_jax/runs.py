@@ -208,19 +208,39 @@ def grouped(runs) -> list[Group]:
     return sorted(groups, key=place)
 
 
-def plain(groups, method: str, ablate: str = "", batch: int | None = None) -> Group | None:
-    """The group among these that runs a method as it is, the one with the fewest leaves changed; None if there is none.
+def unvaried(groups, method: str, ablate: str = "", batch: int | None = None) -> list[Group]:
+    """The groups among these that run a method as it is, whatever else of their leaves is changed.
 
     What has a name after the colon of --config is another method: another teacher or label, another batch unless asked for.
     """
     variants = set() if batch else {"train.batch"}
     if method == "mira_u":
         variants |= {"teacher.source", "pseudo.label"}
-    those = [
+    return [
         g for g in groups if (g.config["method"], g.config["ablate"]) == (method, ablate)
         and batch in (None, g.config["train"]["batch"]) and not variants & g.changed.keys()
     ]
-    return min(those, key=lambda g: len(g.changed), default=None)
+
+
+def plain(groups, method: str, ablate: str = "", batch: int | None = None) -> Group | None:
+    """Of `unvaried` the one with the fewest leaves changed; None if there is none."""
+    return min(unvaried(groups, method, ablate, batch), key=lambda g: len(g.changed), default=None)
+
+
+def base(group: Group, groups, method: str) -> Group | None:
+    """With which of these a group is compared, one that runs `method`; None for the plain one itself, or without any.
+
+    The one that differs from it in the fewest leaves: two methods with another student than today's meet each other.
+    """
+    those = unvaried(groups, method)
+    if plain(those, method) is group:
+        return None
+
+    def apart(other):
+        leaves = group.changed.keys() | other.changed.keys()
+        return sum(group.changed.get(k, "as meant") != other.changed.get(k, "as meant") for k in leaves)
+
+    return min((g for g in those if g is not group), key=lambda g: (apart(g), len(g.changed)), default=None)
 
 
 def interval(values) -> Interval:

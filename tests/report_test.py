@@ -85,6 +85,32 @@ def test_differences_and_gaps(written):
     assert row["share closed"] == ".60" and row["pairs"] == "3"
 
 
+def test_methods_with_another_student_are_held_against_each_other(results, tmp_path):
+    """Not against the plain ones, which have another level; the plain ones' rows stay what they are."""
+    small = {"student.dropout": 0.3}
+    for i in range(2):
+        end = f"preset=cpu,label_seed={3 + i},seed={3 + i}"
+        for at, changed in ((0.0, {}), (0.05, small)):
+            results(f"frac=0.1,method=supervised,{end}", 0.80 + at, **changed)
+            results(f"frac=1,method=supervised,{end}", 0.90 + at, **changed)
+            results(f"frac=0.1,{end}", 0.82 + at * 1.2, **changed)
+            results(f"frac=0.1,teacher=ema,{end}", 0.83 + at * 1.4, **changed)
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    rows = {(r["labels"], r["method"], r["against"]): r["Dice"] for r in read(tmp_path / "out", "differences")}
+    other = "student.dropout=0.3"
+    assert {key[1:]: value for key, value in rows.items() if key[0] == "10%"} == {
+        ("mira_u", "supervised"): ".0200", ("mira_u teacher=ema", "supervised"): ".0300",
+        ("mira_u teacher=ema", "mira_u"): ".0100", (f"mira_u {other}", f"supervised {other}"): ".0300",
+        (f"mira_u {other} teacher=ema", f"supervised {other}"): ".0500",
+        (f"mira_u {other} teacher=ema", f"mira_u {other}"): ".0200",
+        (f"supervised {other}", "supervised"): ".0500", (f"mira_u {other}", "mira_u"): ".0600",
+    }
+    shares = {row["method"]: row["share closed"] for row in read(tmp_path / "out", "gaps")}
+    assert shares == {
+        "mira_u": ".20", "mira_u teacher=ema": ".30", f"mira_u {other}": ".30", f"mira_u {other} teacher=ema": ".50",
+    }
+
+
 def test_the_papers_tables(written):
     end = "isic2016_cpu_64_px"
     table2 = {row["row"]: row for row in map(dict, csv_rows(written, f"table2_{end}"))}
