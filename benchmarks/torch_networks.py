@@ -138,7 +138,9 @@ class GateSkip(nn.Module):
         self.gate = nn.Conv2d(2 * channels, channels, 1)
 
     def forward(self, decoder, encoder):
-        return decoder + torch.sigmoid(self.gate(torch.cat([decoder, encoder], 1))) * encoder
+        of_decoder, of_encoder = self.gate.weight.chunk(2, 1)  # two products, as ours: nothing is laid side by side
+        gate = F.conv2d(decoder, of_decoder, self.gate.bias).add_(F.conv2d(encoder, of_encoder)).sigmoid_()
+        return torch.addcmul(decoder, gate, encoder)
 
 
 # --- windows and positions --------------------------------------------------------------------------------------------
