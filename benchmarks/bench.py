@@ -59,6 +59,9 @@ def main(argv=None) -> int:
     parser.add_argument("--compile_limit", type=float, default=100, help="seconds after which torch.compile is given up")
     args = parser.parse_args(argv)
     if args.grid != "default":
+        ignored = ("size", "batch", "passes", "minutes", "compile", "compile_limit")  # a grid has its own, and no peer
+        if given := [name for name in ignored if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--{given[0]} is for --grid=default; a grid sets it itself")
         from benchmarks import grid
 
         grid.measure(

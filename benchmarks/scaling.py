@@ -119,6 +119,9 @@ def main():
         sizes = by_kind(collectives(lower(devices)[0].compile().as_text()))
         said = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes.items()) or "none"
         print(f"{devices:>3} devices: {said}", flush=True)
+    if args.fsdp:
+        print("\nno prediction with --fsdp: its gathering of parameters has no model here")
+        return
     print(f"\npredicted efficiency, same batch a device, {SUSTAINED / 1e12:.0f} Tflop/s sustained, nothing overlapped")
     for name, link in LINKS.items():
         shares = "  ".join(f"{n}: {efficiency(flops, theta, n, *link):.3f}" for n in (2, 8, 16, 64, 256))

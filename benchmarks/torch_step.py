@@ -77,7 +77,7 @@ class Peer:
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then cosine to zero, as optax counts."""
         optim, steps = self.config.optim, self.steps
-        warmup = max(int(optim.warmup * steps), 1)
+        warmup = max(int(optim.warmup * steps), 1) if optim.warmup else 0
         if step < warmup:
             return optim.lr * step / warmup
         share = min((step - warmup) / (max(steps, warmup + 1) - warmup), 1.0)

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any
 
 import ml_collections
 
+from mira_u_jax import whole
 from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
@@ -103,7 +105,7 @@ RULES = {
     "optim.weight_decay": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "optim.clip": ("a number > 0", lambda v: is_number(v) and v > 0),
     "augment.cutmix": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
-    "augment.cutout": ("a number in [0, 0.5]", lambda v: is_number(v) and 0 <= v <= 0.5),
+    "augment.cutout": ("0 or a number in [0.02, 0.5]", lambda v: is_number(v) and (v == 0 or 0.02 <= v <= 0.5)),
     "augment.strong_ops": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
     "augment.strong_magnitude": ("a number in [0, 10]", lambda v: is_number(v) and 0 <= v <= 10),
     "augment.labelled_colour": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= v <= 1),
@@ -127,7 +129,7 @@ def is_int(v) -> bool:
 
 
 def is_number(v) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool)
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 
 def is_sum(v, names) -> bool:
@@ -216,7 +218,8 @@ def check(config) -> ml_collections.FrozenConfigDict:
     if not steps_of(config.ema.every, epoch=10**6):
         raise UserError("config key ema.every=0: the average needs at least one step between its updates")
     for key in ("train.log_every", "train.save_every", "train.figures_every", "optim.plateau.every"):
-        steps_of(get(config, key), epoch=1, total=1, key=key)
+        if not steps_of(get(config, key), epoch=10**6, total=10**6, key=key):
+            raise UserError(f"config key {key}=0: it counts the steps between; 100% is the last step alone")
     return ml_collections.FrozenConfigDict(config)
 
 
@@ -330,18 +333,16 @@ def save(config, workdir, facts: dict, data: dict | None = None):
         kept = json.loads(path.read_text())
         del kept["config"]
         if data and kept.setdefault("data", data) != data:
-            said = ", ".join(f"{kept['data'][k]} {k}" for k in ("images", "labelled"))
+            before, now = (f"{d['images']} images, {d['labelled']} labelled" for d in (kept["data"], data))
+            changed = f"{before}; now {now}" if before != now else f"{now}, but of other names or contents"
             raise UserError(
-                f"{workdir} holds a run on other data ({said}; now {data['images']} and {data['labelled']}): use another"
-                " --workdir, or give it the data that it began with"
+                f"{workdir} holds a run on other data ({changed}): use another --workdir, or give it the data that it began"
+                " with"
             )
         known = [{k: kept.get(k) for k in facts}, *kept.get("resumed", [])]
         if facts not in known:
             kept["resumed"] = [*known[1:], facts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"config": json.loads(config.to_json()), **kept}, indent=1, sort_keys=True))
-    partial.rename(path)
+    whole.write(path, json.dumps({"config": json.loads(config.to_json()), **kept}, indent=1, sort_keys=True))
 
 
 def flat(config) -> dict:

@@ -4,6 +4,7 @@ A set that fits is decoded once and stays on the device; a larger one is streame
 order is a pure function of (seed, stream, position), so a checkpoint holds no iterator.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -44,9 +45,10 @@ class Rows:
         row = self.source[int(self.picked[i])]
         return {"image": common.squash(row["image"], self.size), "mask": common.squash(row["mask"][..., 0], self.size)}
 
-    def take(self, indices) -> dict[str, np.ndarray]:
+    def take(self, indices, threads: int = 1) -> dict[str, np.ndarray]:
         """{"image": (k, s, s, 3), "mask": (k, s, s)} of k rows."""
-        rows = [self[i] for i in indices]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            rows = list(pool.map(self.__getitem__, indices))
         return {name: np.stack([row[name] for row in rows]) for name in ("image", "mask")}
 
     def bytes(self) -> int:
@@ -62,7 +64,7 @@ class TrainingSet:
     labelled: np.ndarray  # whose outlines are used
     unlabelled: np.ndarray  # the pool: every training image, labelled ones included
     summary: str  # what was found; the first line says how many are labelled
-    digest: str = ""  # of the ids in the pool, of the labelled ones and of the sources: a run goes on with the same only
+    digest: str = ""  # of ids and contents: a run goes on with the same only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +99,22 @@ def training_set(config) -> TrainingSet:
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
     source, ids = builder.as_data_source(split=part), [facts[i]["id"].decode() for i in picked]
+    contents = [builder.info.metadata["sources_sha256"]]
     if config.files.extra:
         more = extra_images(config, builder)
         summary += "".join(f"\n  {note}" for note in more.notes)
         picked = np.concatenate([picked, len(source) + np.arange(len(more.images), dtype=np.int32)])
         ids += more.images
+        contents += [more.sha256[file] for file in more.images.values()]
         source = files.Joined(source, files.FileRows(more))
     rows = Rows(source, picked, config.size)
-    told = digest(ids, labelled, builder.info.metadata["sources_sha256"])
+    told = digest(ids, labelled, contents)
     return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary, told)
 
 
-def digest(ids: Sequence[str], labelled: np.ndarray, sources: str = "") -> str:
-    """SHA-256 of the ids of a pool in order, of those whose outlines are used, and of what says where they come from."""
-    return hashlib.sha256(json.dumps([list(ids), [ids[i] for i in labelled], sources]).encode()).hexdigest()
+def digest(ids: Sequence[str], labelled: Sequence[int], contents: Sequence[str]) -> str:
+    """SHA-256 of the ids of a pool in order, of those whose outlines are used, and of the hashes of what lies in them."""
+    return hashlib.sha256(json.dumps([list(ids), [ids[i] for i in labelled], list(contents)]).encode()).hexdigest()
 
 
 def folder_set(config) -> TrainingSet:
@@ -131,7 +135,9 @@ def folder_set(config) -> TrainingSet:
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or a smaller holdout")
     rows = Rows(files.FileRows(found), np.array(picked, np.int32), config.size)
     summary = "\n  ".join([summary, *found.notes])
-    told = digest([ids[i] for i in picked], np.array(labelled))
+    names = [ids[i] for i in picked]
+    used = [*(found.images[id] for id in names), *(found.masks[names[place]] for place in labelled)]
+    told = digest(names, labelled, [found.sha256[file] for file in used])
     return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary, told)
 
 
@@ -215,6 +221,14 @@ def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Examples:
         return Examples(read, range(len(source)))  # nothing is read to know which
     facts = builder.as_data_source(split=part, decoders=UNDECODED)
     return Examples(read, [i for i, row in enumerate(facts) if (row["fold"] == config.fold if in_domain else row["dev"])])
+
+
+def short_name(name: str) -> str:
+    """What an evaluation's pictures are called after: a data set, or a folder and four hex digits of where it lies."""
+    if name in (*DATASETS, "folder"):
+        return DATASETS.get(name, name)
+    path = pathlib.Path(name).resolve()
+    return f"{path.name}_{hashlib.sha256(str(path).encode()).hexdigest()[:4]}"
 
 
 def folder(path: pathlib.Path, size: int) -> Examples:

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 from scipy.special import expit, logit
 
-from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, worst
+from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, whole, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
 from mira_u_jax.trained import Predictor, at_size
@@ -59,7 +59,7 @@ def evaluate(
     if images_csv:
         write_rows(images_csv, rows)
     label = data.DATASETS.get(name, name)
-    kept = f"{pathlib.Path(label).name}_{split}_{predictor.name}"
+    kept = f"{data.short_name(name)}_{split}_{predictor.name}"
     dice = np.array([row["dice"] for row in rows])
     some, lowest = best_middle_worst(dice), np.argsort(dice, kind="stable")[: worst.KEPT].tolist()
     seen = look_again(predictor, examples, {*some, *lowest})
@@ -139,7 +139,10 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
     temperature mends what is wrong on known images too, not what is worse on new ones (docs/results.md).
     """
     path = pathlib.Path(workdir) / "temperature.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # not there, or not whole: it can be fitted again
+        kept = {}
     if predictor.name in kept and not refit:
         return kept[predictor.name]
     if not (at_hand or refit):
@@ -242,9 +245,7 @@ def finish(workdir):
 
 
 def write(path, result):
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    whole.write(path, json.dumps(result, indent=1) + "\n")
 
 
 def write_rows(path, rows: list[dict]):

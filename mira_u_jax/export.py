@@ -117,8 +117,7 @@ LIMITS = """\
 
 def main():
     f = flags.FLAGS
-    if f.passes < 0:
-        raise UserError(f"--passes={f.passes}: it must be an integer >= 0")
+    trained.check_passes(f.passes)
     exported = export(f.workdir, f.output, passes=f.passes, network=f.network)
     size = pathlib.Path(f.output).stat().st_size / 1e6
     takes = f"{exported.in_avals[0].dtype} {exported.in_avals[0].shape}"

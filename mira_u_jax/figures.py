@@ -1,6 +1,7 @@
 """Pictures of a run: panels of images side by side, and its curves."""
 
 import functools
+import io
 import json
 import pathlib
 
@@ -8,7 +9,7 @@ import jax
 import matplotlib
 import numpy as np
 
-from mira_u_jax import pseudo, sharding
+from mira_u_jax import pseudo, sharding, whole
 from mira_u_jax.config import outlined
 from mira_u_jax.rng import named
 
@@ -23,8 +24,6 @@ def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
 
     columns: title -> (b, h, w, 3) or (b, h, w), values in [0, 1]; rows: b labels.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(1.7 * len(columns), 1.75 * len(rows)), squeeze=False, layout="constrained"
     )
@@ -37,7 +36,9 @@ def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
             figure.colorbar(drawn, ax=axes[:, j], location="bottom", shrink=0.8, aspect=12)
     for i, label in enumerate(rows):
         axes[i, 0].set_ylabel(label, fontsize=7)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    whole.write(path, drawn.getvalue())
     plt.close(figure)
 
 
@@ -73,8 +74,13 @@ def training_curves(workdir):
     plt.close(figure)
 
 
+def training_path(workdir, step: int) -> pathlib.Path:
+    """Where the picture of a step lies."""
+    return pathlib.Path(workdir) / "figures" / f"train_{step:06d}.png"
+
+
 def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
-    """A function (step, state) that draws DIR/figures/train_<step>.png and returns that path.
+    """A function (step, state) that draws training_path and returns it.
 
     Image, truth, pseudo-label, sigma, weight (w times keep) and the averaged student's prediction of the same few images
     without outlines (of labelled ones where all are labelled); supervised runs have no pseudo-label.
@@ -98,7 +104,7 @@ def training_figure(run, networks, labelled, *, steps: int, count: int = 6):
     def draw(step, state):
         known = {"image": image, "truth": mask} if outlined(config) else {"image": image}
         maps = known | jax.device_get(look(state, image, run.key))
-        path = run.workdir / "figures" / f"train_{step:06d}.png"
+        path = training_path(run.workdir, step)
         if jax.process_index():  # every process computes, the first one writes
             return path
         titles = [t for t in ("image", "truth", "pseudo-label", "sigma", "weight", "prediction") if t in maps]

@@ -26,6 +26,7 @@ class Found:
     masks: dict[str, File]  # the outlines of some of the images
     wrong: dict[str, str]  # file: why it cannot be used
     notes: list[str]  # lines on what was found
+    sha256: dict[File, str]  # of the bytes of all of these
 
 
 class FileRows(Sequence):
@@ -93,7 +94,7 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
     """
     found, ignored = _listed(images, key)
     outlines, more = _listed(masks, "masks") if masks else ({}, [])
-    wrong, sizes, left_out = {}, {}, collections.Counter()
+    wrong, sizes, left_out, sha256 = {}, {}, collections.Counter(), {}
     for files in (found, outlines):
         for id in [id for id, same in files.items() if len(same) > 1]:
             names = [str(file) for file in files.pop(id)]
@@ -103,6 +104,8 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
 
     def decoded(id):
         try:
+            for file in [found[id][0], *outlines.get(id, [])]:
+                sha256[file] = hashlib.sha256(file.read()).hexdigest()
             pixels, mask = inputs.pixels(found[id][0]), None
             reason = look(id, pixels) if look else None
             if id in outlines:
@@ -138,7 +141,7 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
     notes += [f"wrong: {why}" for why in reasons[:SHOWN]]
     if len(reasons) > SHOWN:
         notes.append(f"wrong: {len(reasons) - SHOWN} more")
-    return Found(sound, paired, wrong, notes)
+    return Found(sound, paired, wrong, notes, sha256)
 
 
 def looks(mask: np.ndarray) -> str:

@@ -19,7 +19,7 @@ import sys
 from absl import flags
 
 from configs import common, tables
-from mira_u_jax import command
+from mira_u_jax import command, whole
 from mira_u_jax.errors import UserError
 
 
@@ -114,9 +114,7 @@ class Grid:
             before = json.loads(done.read_text()).get("also", {}) if done else {}
             result["also"] = before | {also: json.loads((workdir / f"evaluation_{also}.json").read_text())}
         shutil.copy(workdir / "evaluation_images.csv", folder / f"{name}.csv")
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.rename(folder / f"{name}.json")
+        whole.write(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def start(module: str, *args: str, lock) -> int:

@@ -17,9 +17,8 @@ NO_IMAGE = re.compile(  # what lies beside images in PH2's folders, and the outl
     r"(^|/)(IMD\d+_(lesion|roi)/.*|IMD\d+_(lesion|R\d+_Label\d+)\.[^/]*|[^/]*_(Segmentation|superpixels)\.[^/]*)$",
     re.IGNORECASE,
 )
-
-
-WRITTEN = re.compile(r"_(mask|overlay|sigma|probability)\.png$")  # by predict
+PARTS = ("mask", "overlay", "sigma", "probability")  # predict writes <id>_<part>.png
+WRITTEN = re.compile(rf"_({'|'.join(PARTS)})\.png$")
 
 
 def find(inputs: Iterable[str], *, ignore=None) -> dict[str, common.File]:

@@ -35,14 +35,12 @@ def convolution(x, kernel, stride: int = 1):  # b h w c, k l c d -> b h/stride w
         raise ValueError(f"convolution: a kernel of {kernel.shape[:2]} has no middle")
     if stride == 1 and kernel.shape[:2] == (1, 1):
         return product(x, kernel[0, 0])
+    plain = functools.partial(convolve, strides=(stride, stride), border=half(kernel))
     together = outputs_together(*kernel.shape[2:]) if stride == 1 else 1
     if together == 1 or x.shape[2] % together:
-        return convolve(x, kernel, (stride, stride), half(kernel))
-    # A wider kernel with a copy of its taps for each of a few neighbouring outputs, which become channels of one.
-    zero, still = jnp.zeros((), kernel.dtype), (0, 0, 0)
-    shifted = [jax.lax.pad(kernel, zero, (still, (i, together - 1 - i, 0), still, still)) for i in range(together)]
-    y = convolve(x, jnp.concatenate(shifted, -1), (1, together), half(kernel))
-    return rearrange(y, "b h w (n d) -> b h (w n) d", n=together)
+        return plain(x, kernel)
+    # Asked when the program is lowered, not when it is traced: an exported one is lowered for platforms that are not here.
+    return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(neighbours, together=together), default=plain)
 
 
 def convolution_backward(stride, inputs, g):
@@ -114,12 +112,20 @@ def swapped(kernel):  # k l c d -> k l d c
     return jnp.swapaxes(kernel, 2, 3)
 
 
+def neighbours(x, kernel, *, together: int):
+    """`convolution` of stride 1: a wider kernel with a copy of its taps for each of `together` neighbouring outputs, which
+    become channels of one. together divides the width of x.
+    """
+    zero, still = jnp.zeros((), kernel.dtype), (0, 0, 0)
+    shifted = [jax.lax.pad(kernel, zero, (still, (i, together - 1 - i, 0), still, still)) for i in range(together)]
+    y = convolve(x, jnp.concatenate(shifted, -1), (1, together), half(kernel))
+    return rearrange(y, "b h w (n d) -> b h (w n) d", n=together)
+
+
 def outputs_together(c: int, d: int) -> int:
-    """Neighbouring outputs that one product of a stride-1 convolution computes: the fastest on a CPU, 1 elsewhere.
+    """Neighbouring outputs that one product of a stride-1 convolution computes on a CPU, where it is the fastest.
 
     Two of 16 channels cost a third more operations than one by one, and a quarter less time.
     """
-    if jax.default_backend() != "cpu":
-        return 1
     columns = 2 * COLUMNS if c < 8 else COLUMNS  # an image's three channels leave the most to gain
     return min(max(columns // d, 1), 4)

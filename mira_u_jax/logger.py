@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 
+from mira_u_jax import whole
 from mira_u_jax.events import Events
 
 
@@ -39,9 +40,7 @@ class Logger:
             return row["split"] not in mine or row["step"] <= step
 
         lines = [line for line in self.path.read_text().splitlines() if keep(line)]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        partial.rename(self.path)
+        whole.write(self.path, "".join(line + "\n" for line in lines))
 
     def add(self, metrics: dict):
         """Keep one step's metrics (device scalars) for the next line; does not wait for them."""

@@ -36,7 +36,7 @@ TIMEOUT = flags.DEFINE_integer("cluster_timeout", 100, "Seconds after which a si
 
 def main():
     for name in ("preset", "method", "ablate"):
-        if any(arg.startswith(f"--config.{name}") for arg in sys.argv):
+        if name in config_flags.get_override_values(flags.FLAGS["config"]):
             raise UserError(f"--config.{name} comes too late to set what it stands for: write --config=FILE:{name}=...")
     resolved = config.check(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value or f"runs/{resolved.name}-{config.fingerprint(resolved)}")

@@ -24,15 +24,17 @@ import cv2
 import jax
 import numpy as np
 from absl import flags
+from PIL import Image
 from scipy.special import expit
 
-from mira_u_jax import command, inputs, selective, trained
+from mira_u_jax import command, inputs, selective, trained, whole
 from mira_u_jax.errors import UserError
 from mira_u_jax.trained import at_size, batched
 from tfds_builders import common
 from tfds_builders.common import DataError
 
 COLUMNS = ("id", "area_share", "mean_sigma", "doubt", "border_touched", "seconds")
+SOFTWARE = "mira_u_jax.predict"
 NAMED = 5  # files that the last line names; failed.txt names all
 
 
@@ -62,6 +64,9 @@ def predict(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
+    for path in (output / f"{id}_{part}.png" for id in files for part in inputs.PARTS):
+        if foreign(path):  # an outline drawn by hand, perhaps
+            raise UserError(f"{path} is not of predict's making and would be overwritten: give another --output")
     batch = min(batch or predictor.batch, len(files))
     look_at = functools.partial(trained.look, network=predictor.network, passes=passes or predictor.passes)
     step = functools.partial(jax.jit(look_at), predictor.params)
@@ -141,10 +146,19 @@ def write_item(item: Item, *, output: pathlib.Path, probability: bool = False) -
 
 
 def save(path: pathlib.Path, pixels: np.ndarray):
-    """PNG of uint8 (h, w[, 3]), whole or not there at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(common.png(pixels))
-    partial.rename(path)
+    """PNG of uint8 (h, w[, 3]) that says whose it is."""
+    whole.write(path, common.png(pixels, {"Software": SOFTWARE}))
+
+
+def foreign(path: pathlib.Path) -> bool:
+    """Whether a file is there that `save` did not write."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") != SOFTWARE
+    except FileNotFoundError:
+        return False
+    except OSError:  # no picture
+        return True
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -180,9 +194,10 @@ class Progress:
 
 def main():
     f = flags.FLAGS
-    for name, least in (("passes", 0), ("batch", 0), ("threads", 1)):
+    for name, least in (("batch", 0), ("threads", 1)):
         if getattr(f, name) < least:
             raise UserError(f"--{name}={getattr(f, name)}: it must be an integer >= {least}")
+    trained.check_passes(f.passes)
     files = inputs.find(f.input, ignore=f.output)
     started = time.perf_counter()
     failed = predict(

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mira_u_jax.config import get
+
 WHOLE_BELOW = 2**12  # elements; to part a smaller array costs more than it saves
 
 
@@ -23,9 +25,16 @@ def use_cores(config):
         return
     if jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    fitting = [n for n in range(1, cpu_count() + 1) if config.train.batch % (2 * n) == 0 and config.mim.batch % n == 0]
+    fitting = [n for n in range(1, cpu_count() + 1) if not misfit(config, n)]
     with contextlib.suppress(RuntimeError):  # devices are in use already
         jax.config.update("jax_num_cpu_devices", fitting[-1])
+
+
+def misfit(config, devices: int) -> str:
+    """The batch that so many devices cannot part, "key: what it must be"; "" where all fit. CutMix partners share a device."""
+    units = {"train.batch": 2 * devices} | ({"mim.batch": devices} if config.mim.steps else {})
+    wrong = [f"{key}: it must be a multiple of {unit}" for key, unit in units.items() if get(config, key) % unit]
+    return wrong[0] if wrong else ""
 
 
 def cpu_count() -> int:

@@ -147,11 +147,15 @@ def init_state(params, tx, optim, *, averaged: bool = True) -> TrainState:
 
 
 def make_schedule(optim, steps: int, *, lr: float, schedule: str):
-    """Learning rate by step: linear warm-up to lr, then cosine to zero, or constant under the plateau schedule."""
-    warmup = max(int(optim.warmup * steps), 1)
+    """Learning rate by step: linear warm-up to lr, then cosine to zero, or constant under the plateau schedule.
+
+    A warm-up has one step at least; optim.warmup=0 is none.
+    """
+    warmup = max(int(optim.warmup * steps), 1) if optim.warmup else 0
+    first = 0.0 if warmup else lr
     if schedule == "plateau":
-        return optax.schedules.warmup_constant_schedule(0.0, lr, warmup)
-    return optax.schedules.warmup_cosine_decay_schedule(0.0, lr, warmup, max(steps, warmup + 1))
+        return optax.schedules.warmup_constant_schedule(first, lr, warmup)
+    return optax.schedules.warmup_cosine_decay_schedule(first, lr, warmup, max(steps, warmup + 1))
 
 
 def make_plateau(optim) -> optax.GradientTransformationExtraArgs:

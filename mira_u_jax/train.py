@@ -21,10 +21,8 @@ from mira_u_jax.preemption import Notice
 def run(config, workdir):
     """Every stage of a checked configuration, from wherever `workdir` stands to the end. Returns the final TrainState."""
     mesh = sharding.make_mesh()
-    for key, unit in (("train.batch", 2 * mesh.size), ("mim.batch", mesh.size)):  # CutMix partners share a device
-        used = key != "mim.batch" or config.mim.steps
-        if used and mesh.size > 1 and configuration.get(config, key) % unit:
-            raise UserError(f"config key {key}: it must be a multiple of {unit} on {mesh.size} devices")
+    if key := sharding.misfit(config, mesh.size):
+        raise UserError(f"config key {key} on {mesh.size} devices")
     dataset = data.training_set(config)
     if cluster.first():
         sizes = {"images": len(dataset.unlabelled), "labelled": len(dataset.labelled)}
@@ -56,7 +54,7 @@ class Run:
         self.config, self.workdir, self.mesh, self.dataset = config, workdir, mesh, dataset
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         streamed = data.streamed(config.data, dataset.rows)
-        self.resident = None if streamed else sharding.everywhere(dataset.rows.take(dataset.unlabelled), mesh)
+        self.resident = None if streamed else sharding.everywhere(dataset.rows.take(dataset.unlabelled, config.data.threads), mesh)
         cluster.meet("data")
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
@@ -104,7 +102,10 @@ class Run:
         cfg = self.config.optim.plateau
         labelled, held_out = data.hold_out(self.dataset.labelled, cfg.holdout, seed=self.config.label_seed)
         if not len(labelled):
-            raise UserError("config key optim.schedule=plateau: one labelled image cannot also validate; use cosine")
+            raise UserError(
+                f"config key optim.plateau.holdout={cfg.holdout}: of {len(held_out)} labelled images none is left to learn"
+                " from; make it smaller, or use optim.schedule=cosine"
+            )
         every = max(configuration.steps_of(cfg.every, epoch=epoch, total=total, key="optim.plateau.every"), 1)
         whole = sharding.replicated(self.mesh)
         predict = jax.jit(functools.partial(steps.eval_step, network=network), out_shardings=whole)
@@ -201,11 +202,13 @@ class Run:
                 if leaving:
                     manager.wait_until_finished()
                     raise Preempted(f"{name}: told to leave, saved at step {done} of {total}")
-                if draw and (done % every["figures"] == 0 or last):
+                if draw and done % every["figures"] == 0 and not last:
                     logger.picture(done, draw(done, state))
             manager.wait_until_finished()
             if leave.told:  # since the last step
                 raise Preempted(f"{name}: told to leave, saved at step {total} of {total}")
+            if draw and not figures.training_path(self.workdir, total).exists():  # once all is saved: a run that ends here draws it again
+                logger.picture(total, draw(total, state))
             if first < total:
                 cluster.say(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s")
         return state

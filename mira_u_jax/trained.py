@@ -53,7 +53,7 @@ def load(workdir, network: str = "student", flips: bool | None = None):
 def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax.Array]:
     """{"logits", "mean", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
 
-    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes, sigma = 0 for one pass. All
+    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes. All
     images meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
     """
     key = named(jax.random.key(seed), "predict")
@@ -84,6 +84,12 @@ class Predictor:
             found = jax.device_get(self.step(self.params, padded([e.image for e in group], self.batch)))
             for i, example in enumerate(group):
                 yield example, {name: values[i] for name, values in found.items()}
+
+
+def check_passes(passes: int):
+    """UserError for a --passes of which there is no deviation; 0 is as the run is evaluated."""
+    if passes != 0 and passes < 2:
+        raise UserError(f"--passes={passes}: it must be 0, as the run is evaluated, or an integer >= 2: one does not deviate")
 
 
 def batch_of(size: int) -> int:

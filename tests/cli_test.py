@@ -83,7 +83,8 @@ def test_wrong_override_file_and_flag(tmp_path):
     refused(train(tmp_path, "frac=1", "--config.loss.gama=1"), "gama")
     refused(train(tmp_path, "frac=1", "--config.train.batch=3"), "train.batch", "even")
     refused(train(tmp_path, "frac=1", "--config.loss.gamma=much"), "gamma")
-    refused(train(tmp_path, "frac=1", "--config.method=fixmatch"), "method", "--config=FILE:method")
+    for dashes in ("--", "-"):
+        refused(train(tmp_path, "frac=1", f"{dashes}config.method=fixmatch"), "method", "--config=FILE:method")
     refused(main("--config=configs/nothing.py"), "nothing.py")
     refused(main("--confg=configs/isic.py"), "confg")
     refused(main(), "--config is required")

@@ -148,7 +148,9 @@ def test_every_leaf_has_a_rule():
     ({"vit.patch": 0}, "vit.patch"), ({"vit.heads": 3}, "vit.heads"), ({"mim.decoder.heads": 5}, "mim.decoder.heads"),
     ({"student.widths": (12, 16, 16, 16, 16)}, "student.widths"), ({"optim.plateau.holdout": 1}, "optim.plateau.holdout"),
     ({"loss.beta": 0.0, "mim.joint_weight": 0.5}, "mim.joint_weight"),
-    ({"loss.beta": 0.0, "mim.target": "vit"}, "mim.target"),
+    ({"loss.beta": 0.0, "mim.target": "vit"}, "mim.target"), ({"train.log_every": 0}, "train.log_every=0"),
+    ({"train.figures_every": "0%"}, "train.figures_every=0"), ({"augment.cutout": 0.01}, "augment.cutout"),
+    ({"optim.lr": float("inf")}, "optim.lr"),
 ])
 def test_what_cannot_work_is_named_before_anything_is_read(changes, named):
     config = common.get_config("preset=smoke")
@@ -228,8 +230,10 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
     configuration.save(settings, tmp_path, facts, began)
     configuration.save(settings, tmp_path, facts, dict(began))
     before = (tmp_path / "config.json").read_text()
-    with pytest.raises(UserError, match=r"other data \(10 images, 2 labelled; now 11 and 3\): use another --workdir"):
+    with pytest.raises(UserError, match=r"other data \(10 images, 2 labelled; now 11 images, 3 labelled\): use another"):
         configuration.save(settings, tmp_path, facts, {"images": 11, "labelled": 3, "digest": "two"})
+    with pytest.raises(UserError, match=r"other data \(10 images, 2 labelled, but of other names or contents\): use another"):
+        configuration.save(settings, tmp_path, facts, began | {"digest": "two"})
     assert (tmp_path / "config.json").read_text() == before and json.loads(before)["data"] == began
     configuration.save(settings, tmp_path / "old", facts)  # of before the digests
     configuration.save(settings, tmp_path / "old", facts, began)

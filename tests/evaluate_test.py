@@ -262,6 +262,9 @@ def test_temperature_comes_from_the_labelled_images_and_is_kept(tmp_path, tiny_d
     kept = evaluate.temperature(tmp_path, Red(), "there", at_hand=True, refit=True)
     assert evaluate.temperature(tmp_path, Red(), "", at_hand=False) == kept and len(training) == 2
     assert kept["temperature"] == found["temperature"]
+    (tmp_path / "temperature.json").write_text("")  # cut off by what wrote files before
+    assert evaluate.temperature(tmp_path, Red(), "there", at_hand=True, refit=True) == kept
+    assert evaluate.temperature(tmp_path, Red(), "", at_hand=False) == kept
 
     def gone(settings):
         raise UserError("the folder is not here")

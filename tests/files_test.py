@@ -127,6 +127,24 @@ def test_a_digest_tells_data_apart(mine):
     assert len(after.labelled) == 9 and after.digest != before
 
 
+def test_a_digest_tells_contents_apart_that_are_trained_on(mine):
+    """An outline drawn anew under its name is another run; one that is not in the budget, or held out, is not learnt from."""
+    part = config(mine, frac=0.5)  # of the outlines that are not held out
+    whole, before = data.training_set(part), data.training_set(part).digest
+    ids = [id for id in NAMES if not (id in NAMES[:8] and files.held_out(id, part.files.holdout))]
+    used = {ids[i] for i in whole.labelled}
+    assert 0 < len(used) < len(set(ids) & set(NAMES[:8]))
+    for id in NAMES[:8]:
+        (path,) = (mine / "outlines").glob(f"{id}*")
+        kept = path.read_bytes()
+        Image.fromarray(255 - np.asarray(Image.open(path).convert("L"))).save(path)
+        assert (data.training_set(part).digest != before) == (id in used), id
+        path.write_bytes(kept)
+    assert data.training_set(part).digest == before
+    Image.fromarray(lesion(99)[0]).save(mine / "images" / f"{NAMES[10]}.png")  # of the pool, without an outline
+    assert data.training_set(part).digest != before
+
+
 def test_a_folder_whose_only_held_out_outline_is_damaged_has_nothing_to_measure_on(mine):
     for path in (mine / "outlines").glob("*"):
         path.write_bytes(b"")

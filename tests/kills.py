@@ -72,10 +72,11 @@ class Runs:
         return {stage: int(step) for stage, step in found}
 
     def result(self, name: str):
-        """All that must not differ: (newest step, leaves) of both stages, losses of every step, evaluation."""
+        """All that must not differ: (newest step, leaves) of both stages, losses of every step, evaluation, last picture."""
         losses = [(row["split"], row["step"], row["loss"]) for row in self.rows(name)]
         stages = [arrays(self.folder / name / "checkpoints" / stage) for stage in STAGES]
-        return stages, losses, json.loads((self.folder / name / "evaluation.json").read_text())
+        picture = (self.folder / name / "figures" / f"train_{TRAIN:06d}.png").read_bytes()
+        return stages, losses, json.loads((self.folder / name / "evaluation.json").read_text()), picture
 
 
 def arrays(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:

@@ -1,5 +1,7 @@
 """Products and convolutions against their definitions, in every form that may be chosen, gradients included."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,11 +63,15 @@ def test_transposed_convolution_is_the_adjoint_of_the_strided_one_and_so_are_its
         assert abs((to_kernel * other).sum() - adjoint(other)) < 1e-3 * np.sqrt(g.size)
 
 
-def test_forms_differ_with_the_channels_on_a_cpu_only(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+def test_forms_differ_with_the_channels_on_a_cpu_only():
+    """A program that is lowered here for another platform, as an exported one, has the plain convolution."""
     assert [linear.outputs_together(c, d) for c, d in ((3, 16), (16, 16), (32, 32), (3, 32), (16, 1))] == [4, 2, 1, 2, 4]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert linear.outputs_together(3, 16) == 1
+    traced = jax.jit(linear.convolution).trace(jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 16)))
+    kernels = {}
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        kernels[platform] = re.findall(r"stablehlo.convolution.*tensor<1x8x8x3xf32>, tensor<(\w+)xf32>", text)
+    assert kernels == {"cpu": ["3x6x3x64"], "cuda": ["3x3x3x16"], "tpu": ["3x3x3x16"]}
 
 
 def test_a_kernel_without_a_middle_is_refused():

@@ -97,6 +97,24 @@ def test_images_may_lie_where_the_output_goes(photos):
     assert ids(photos / "a.png", ignore=photos) == ["a"]
 
 
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_an_outline_drawn_by_hand_is_not_overwritten(tmp_path, darkness, content):
+    """a_mask.png beside a.png is what files.py takes for an outline; predict's own may be written again."""
+    draw(tmp_path / "b.png")
+    run([tmp_path], tmp_path)
+    drawn = draw(tmp_path / "a.png").with_name("a_mask.png")
+    if content:
+        drawn.write_bytes(content)
+    else:
+        draw(drawn)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="a_mask.png is not of predict's making.*another --output"):
+        run([tmp_path], tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    drawn.unlink()
+    assert run([tmp_path], tmp_path) == {} and drawn.exists()
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "*.tiff"])
 def test_nothing_to_predict_is_said(tmp_path, name):
     (tmp_path / "empty").mkdir()

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 LABEL_SEEDS = 8  # label seeds 0..7, one column of `label_rank` each
 DEV_BELOW = 51  # of 256: about a fifth of the training images
@@ -248,10 +248,12 @@ def squash_mask(mask: np.ndarray, size: int) -> np.ndarray:
     return np.where(squash(mask, size) >= 128, 255, 0).astype(np.uint8)
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """uint8 (h, w) or (h, w, 3) as PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=3)  # a third of level 6's time, 10% more bytes
+def png(pixels: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
+    """uint8 (h, w) or (h, w, 3) as PNG bytes; texts: keywords and what the file says under them."""
+    buffer, said = io.BytesIO(), PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        said.add_text(keyword, text)
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=said, compress_level=3)  # a third of level 6's time, 10% more bytes
     return buffer.getvalue()
 
 
