@@ -5,6 +5,7 @@ is found by checksums, taken of the arrays when they are saved and again when th
 checkpoint is taken, and the run says so.
 """
 
+import errno
 import pathlib
 from typing import Any
 
@@ -81,16 +82,21 @@ def newest_intact(manager: Manager, load, *, anywhere=bool) -> tuple[int | None,
     """(step, load(step)) of the newest checkpoint whose arrays are those that were saved; (None, None) if there is none.
 
     anywhere: cluster.anywhere where all processes load together, so that what one of them cannot read all pass over. Says
-    which ones it passes over. Raises OSError when there are some and none is intact: a run never starts again in silence.
+    which ones it passes over. Raises OSError when there are some and none is intact, as a run never starts again in silence,
+    and what the machine, not the file, is to blame for.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
-        wrong = ""
+        wrong, blameless = "", None
         try:
             tree, metadata = load(step), manager.metadata(step).custom_metadata
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes orbax raise
             wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if anywhere(wrong) and not wrong:  # before the checksums, for which all processes must ask
+            blameless = error if of_the_machine(error) else None
+        elsewhere = anywhere(wrong)
+        if blameless:
+            raise blameless
+        if elsewhere and not wrong:  # before the checksums, for which all processes must ask
             wrong = "another process cannot read it"
         wrong = wrong or differing(tree, metadata)
         if not wrong:
@@ -99,6 +105,15 @@ def newest_intact(manager: Manager, load, *, anywhere=bool) -> tuple[int | None,
     if steps:
         raise OSError(f"none of the checkpoints in {manager.directory} is intact; remove it to start this stage anew")
     return None, None
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing about the file that was read: no right to it, no memory, a disk that does not answer."""
+    passing = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+    return (
+        isinstance(error, (MemoryError, PermissionError)) or getattr(error, "errno", None) in passing
+        or "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def differing(tree, metadata) -> str:

@@ -31,7 +31,10 @@ def use_cores(config):
 
 
 def misfit(config, devices: int) -> str:
-    """The batch that so many devices cannot part, "key: what it must be"; "" where all fit. CutMix partners share a device."""
+    """The batch that so many devices cannot part, "key: what it must be"; "" where all fit.
+
+    CutMix partners share a device.
+    """
     units = {"train.batch": 2 * devices} | ({"mim.batch": devices} if config.mim.steps else {})
     wrong = [f"{key}: it must be a multiple of {unit}" for key, unit in units.items() if get(config, key) % unit]
     return wrong[0] if wrong else ""

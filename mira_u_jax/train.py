@@ -54,7 +54,8 @@ class Run:
         self.config, self.workdir, self.mesh, self.dataset = config, workdir, mesh, dataset
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         streamed = data.streamed(config.data, dataset.rows)
-        self.resident = None if streamed else sharding.everywhere(dataset.rows.take(dataset.unlabelled, config.data.threads), mesh)
+        pool = None if streamed else dataset.rows.take(dataset.unlabelled, config.data.threads)
+        self.resident = None if streamed else sharding.everywhere(pool, mesh)
         cluster.meet("data")
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
@@ -207,7 +208,7 @@ class Run:
             manager.wait_until_finished()
             if leave.told:  # since the last step
                 raise Preempted(f"{name}: told to leave, saved at step {total} of {total}")
-            if draw and not figures.training_path(self.workdir, total).exists():  # once all is saved: a run that ends here draws it again
+            if draw and not figures.training_path(self.workdir, total).exists():  # now that all is saved
                 logger.picture(total, draw(total, state))
             if first < total:
                 cluster.say(f"{name}: {total - first} steps in {time.perf_counter() - started:.0f} s")

@@ -89,7 +89,7 @@ class Predictor:
 def check_passes(passes: int):
     """UserError for a --passes of which there is no deviation; 0 is as the run is evaluated."""
     if passes != 0 and passes < 2:
-        raise UserError(f"--passes={passes}: it must be 0, as the run is evaluated, or an integer >= 2: one does not deviate")
+        raise UserError(f"--passes={passes}: it must be 0, as the run is evaluated, or >= 2, as one does not deviate")
 
 
 def batch_of(size: int) -> int:

@@ -1,6 +1,7 @@
 """What a disk can do to a checkpoint, and what the run makes of it. Kills and full disks: kills.py, resume_test.py."""
 
 import contextlib
+import errno
 import pathlib
 import pickle
 import resource
@@ -76,6 +77,24 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_with_a_line(sav
     assert steps_in(saved) == [2]  # so that step 3 can be saved again
     with checkpoint.open_manager(saved, "train") as manager:
         checkpoint.save(manager, 3, state_at(3))
+    is_step(restore(saved), 3)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "no answer"), PermissionError(13, "no"), MemoryError(), ValueError("RESOURCE_EXHAUSTED: x")]
+)
+def test_what_the_machine_is_to_blame_for_costs_no_checkpoint(saved, monkeypatch, error):
+    load = checkpoint.Manager.restore
+
+    def restore_but(manager, step, args):
+        if step == 3:
+            raise error
+        return load(manager, step, args=args)
+
+    monkeypatch.setattr(checkpoint.Manager, "restore", restore_but)
+    with pytest.raises(type(error)):
+        restore(saved)
+    monkeypatch.undo()
     is_step(restore(saved), 3)
 
 

@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError, match=r"other data \(10 images, 2 labelled; now 11 images, 3 labelled\): use another"):
         configuration.save(settings, tmp_path, facts, {"images": 11, "labelled": 3, "digest": "two"})
-    with pytest.raises(UserError, match=r"other data \(10 images, 2 labelled, but of other names or contents\): use another"):
+    with pytest.raises(UserError, match=r"\(10 images, 2 labelled, but of other names or contents\): use another"):
         configuration.save(settings, tmp_path, facts, began | {"digest": "two"})
     assert (tmp_path / "config.json").read_text() == before and json.loads(before)["data"] == began
     configuration.save(settings, tmp_path / "old", facts)  # of before the digests

@@ -128,7 +128,7 @@ def test_a_digest_tells_data_apart(mine):
 
 
 def test_a_digest_tells_contents_apart_that_are_trained_on(mine):
-    """An outline drawn anew under its name is another run; one that is not in the budget, or held out, is not learnt from."""
+    """An outline drawn anew under its name is other data; one that is held out or over the budget is not learnt from."""
     part = config(mine, frac=0.5)  # of the outlines that are not held out
     whole, before = data.training_set(part), data.training_set(part).digest
     ids = [id for id in NAMES if not (id in NAMES[:8] and files.held_out(id, part.files.holdout))]

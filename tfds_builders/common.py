@@ -253,7 +253,7 @@ def png(pixels: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
     buffer, said = io.BytesIO(), PngImagePlugin.PngInfo()
     for keyword, text in (texts or {}).items():
         said.add_text(keyword, text)
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=said, compress_level=3)  # a third of level 6's time, 10% more bytes
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=said, compress_level=3)  # 10% more bytes than 6
     return buffer.getvalue()
 
 
