@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -327,7 +328,7 @@ def test_two_strong_views_differ_in_colour_and_box_only(blobs):
     assert (np.asarray(first_left) != np.asarray(second_left)).any((1, 2)).all()
     assert np.abs(first - second).max((1, 2, 3)).min() > 0.05
     alone = views(jax.random.key(4), *blobs, settings(MOVING, cutout=0.3))
-    jax.tree.map(np.testing.assert_array_equal, (weak, strong[0]), (alone[0], alone[1][0]))
+    chex.assert_trees_all_equal((weak, strong[0]), (alone[0], alone[1][0]))
     still = views(jax.random.key(4), *blobs, settings(MOVING, **PLAIN, strong_views=2))
     for view, notcut in still[1]:
         close(view, still[0])

@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import resource
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def files(workdir, step):
 
 
 def is_step(state, step):
-    jax.tree.map(np.testing.assert_array_equal, state, state_at(step))
+    chex.assert_trees_all_equal(state, state_at(step))
 
 
 def test_the_newest_of_the_two_that_stay_is_restored_and_an_empty_folder_has_none(saved, tmp_path):
@@ -156,9 +157,9 @@ def test_when_none_is_intact_the_run_ends_and_nothing_is_removed(saved):
 
 def test_evaluation_takes_the_newest_intact_average_and_removes_nothing(saved, capsys):
     like = jax.eval_shape(lambda: state_at(0))["ema"]
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_ema(saved, like), state_at(3)["ema"])
+    chex.assert_trees_all_equal(checkpoint.load_ema(saved, like), state_at(3)["ema"])
     truncated(files(saved, 3)[0])
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_ema(saved, like), state_at(2)["ema"])
+    chex.assert_trees_all_equal(checkpoint.load_ema(saved, like), state_at(2)["ema"])
     assert "train/3 is damaged" in capsys.readouterr().out and steps_in(saved) == [2, 3]
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load_ema(saved / "other", like)

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ def test_a_streamed_run_sees_the_batches_of_a_resident_one(tiny_config, syntheti
         orders = {name: data.order(0, name, getattr(dataset, name)) for name in ("labelled", "unlabelled")}
         batches = run.batches(orders, 4)(first=2)
         seen.append([{name: steps.rows(*next(batches), name) for name in orders} for _ in range(5)])
-    jax.tree.map(np.testing.assert_array_equal, *seen)
+    chex.assert_trees_all_equal(*seen)
     assert len(jax.tree.leaves(seen[0])) == 5 * 4
 
 

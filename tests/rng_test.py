@@ -1,5 +1,6 @@
 """The stream of keys that layers draw from is nnx.Rngs' own."""
 
+import chex
 import jax
 import numpy as np
 from flax import nnx
@@ -19,4 +20,4 @@ def test_a_stream_gives_the_keys_of_nnx():
 def test_a_module_has_the_parameters_that_nnx_would_draw():
     key = jax.random.key(0)
     made = [nnx.state(nnx.Linear(3, 4, rngs=rngs)) for rngs in (Stream(key), nnx.Rngs(params=key))]
-    jax.tree.map(np.testing.assert_array_equal, *made)
+    chex.assert_trees_all_equal(*made)

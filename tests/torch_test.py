@@ -1,5 +1,6 @@
 """Layers and whole networks against an independent PyTorch implementation: outputs, input and parameter gradients."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,7 +172,7 @@ def test_unload_gives_back_what_load_took(smoke, name):
     params = drawn(params, np.random.default_rng(3))
     back = peer.unload(peer.load(module, params))
     assert jax.tree.structure(back) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, back, params)
+    chex.assert_trees_all_equal(back, params)
 
 
 @pytest.mark.parametrize(
