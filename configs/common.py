@@ -9,9 +9,9 @@ from ml_collections import config_dict
 from mira_u_jax.config import check_value, parse_arg, update
 from mira_u_jax.errors import UserError
 
-KEYS = {
-    "frac": 0.25, "label_seed": 0, "seed": 0, "size": 256, "preset": "", "method": "", "ablate": "", "teacher": "",
-    "pseudo_label": "", "batch": 8, "split": "", "data_dir": "",
+KEYS = {  # after the colon, in every file here -> type
+    "frac": float, "label_seed": int, "seed": int, "size": int, "preset": str, "method": str, "ablate": str, "teacher": str,
+    "pseudo_label": str, "batch": int, "split": str, "data_dir": str,
 }
 SHORT = {  # keys that are leaves
     "teacher": "teacher.source", "pseudo_label": "pseudo.label", "batch": "train.batch", "images": "files.images",

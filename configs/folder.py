@@ -7,14 +7,14 @@ An outline has the name of its image, with or without _Segmentation or _mask, an
 are looked through first: what they hold is printed, and what is wrong with which file. holdout: the share of the outlined
 images, chosen by a hash of the name, that is not trained on but measured on (0.2; 0 measures nothing). frac: the share of
 the other outlines that is used (1). skip=1 goes on without the wrong files. The other keys are those of configs/isic.py, but
-split. A path with a comma goes to --config.files.images=DIR. docs/usage.md says more.
+split and extra. A path with a comma goes to --config.files.images=DIR. docs/usage.md says more.
 
 Hardware: as configs/isic.py; preset=cpu is for two CPU cores.
 """
 
 from configs import common
 
-KEYS = {"images": "", "masks": "", "holdout": 0.2, "skip": 0}
+KEYS = {"images": str, "masks": str, "holdout": float, "skip": int}
 
 
 def get_config(arg=None):

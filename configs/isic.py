@@ -19,4 +19,4 @@ from configs import common
 
 
 def get_config(arg=None):
-    return common.get_config(arg, keys={"extra": "", "skip": 0}, name="isic", dataset="isic2016", test="isic2016")
+    return common.get_config(arg, keys={"extra": str, "skip": int}, name="isic", dataset="isic2016", test="isic2016")

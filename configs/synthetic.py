@@ -2,8 +2,8 @@
 
     python -m mira_u_jax.main --config=configs/synthetic.py --workdir=runs/quickstart
 
-Keys: those of configs/isic.py; preset=quick unless another is named. Two CPU cores, minutes; what it reaches stands in
-README.md and docs/results.md. The figures say that everything works; they say nothing about skin.
+Keys: those of configs/isic.py but extra and skip; preset=quick unless another is named. Two CPU cores, minutes; what it
+reaches stands in README.md and docs/results.md. The figures say that everything works; they say nothing about skin.
 """
 
 from configs import common

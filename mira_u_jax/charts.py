@@ -12,7 +12,7 @@ from mira_u_jax.text import percent, slug
 matplotlib.use("Agg")  # no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-CURVES = ("loss_sup", "student_dice", "teacher_dice", "sigma_band")
+CURVES = ("loss_sup", "student_dice", "teacher_dice", "sigma_outline")
 
 
 def draw(benches: dict[str, list[runs.Group]], output) -> list[str]:

@@ -147,11 +147,10 @@ def check_value(key: str, value):
         raise UserError(f"config key {key}={value!r}: it must be {wanted}")
 
 
-def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, Any]:
+def parse_arg(arg: str | None, spec: dict[str, type]) -> dict[str, Any]:
     """`key=value,key=value` after the colon of --config=FILE:... as a dict of the keys given.
 
-    `spec` maps each allowed key to an example of its type (int, float, str). Unknown keys and values of another type raise
-    UserError.
+    `spec` maps each allowed key to its type (int, float, str). Unknown keys and values of another type raise UserError.
     """
     given = {}
     for item in filter(None, (arg or "").split(",")):
@@ -159,7 +158,7 @@ def parse_arg(arg: str | None, spec: dict[str, object]) -> dict[str, Any]:
         key = key.strip()
         if key not in spec:
             raise UserError(f"config key {key!r} is unknown: the keys are {', '.join(spec)}")
-        kind: type = type(spec[key])
+        kind = spec[key]
         try:
             if not equals:
                 raise ValueError

@@ -44,8 +44,8 @@ def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
 
 CURVES = {  # title -> names in metrics.jsonl
     "losses": ("loss_sup", "loss_unsup", "loss_ent", "loss_vit_sup", "loss_vit_unsup"),
-    "weight of the pseudo-labels": ("beta", "keep", "w", "w_band"),
-    "deviation of the passes": ("sigma", "sigma_band"),
+    "weight of the pseudo-labels": ("beta", "keep", "w", "w_outline"),
+    "deviation of the passes": ("sigma", "sigma_outline"),
     "Dice on the pool, hidden masks": ("teacher_dice", "student_dice", "kept_dice", "dropped_dice"),
     "calibration error of mu, hidden masks": ("kept_ece", "dropped_ece"),
     "gradient norms": ("grad_student", "grad_vit"),

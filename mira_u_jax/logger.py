@@ -68,7 +68,7 @@ class Logger:
         self.since = (step, time.perf_counter())
         self.write(step, self.stage, mean | {"images_per_second": speed, "seconds": seconds})
         left = (self.steps - step) * self.images_per_step / max(speed, 1e-9)
-        shown = ("loss", "loss_sup", "loss_unsup", "teacher_dice", "student_dice", "sigma_band", "keep")
+        shown = ("loss", "loss_sup", "loss_unsup", "teacher_dice", "student_dice", "sigma_outline", "keep")
         text = "  ".join(f"{k} {mean[k]:.3f}" for k in shown if k in mean)
         if self.active and not 0 < mean.get("keep", 0.5) < 1:
             which = "every pixel" if mean["keep"] else "nothing"

@@ -101,8 +101,8 @@ def report(label: PseudoLabel, p_w, truth, *, filtered: bool) -> dict[str, jax.A
     """
     band = near_outline(label.mu)
     found = {
-        "sigma": label.sigma.mean(), "sigma_band": mean_where(label.sigma, band),
-        "w": label.w.mean(), "w_band": mean_where(label.w, band),
+        "sigma": label.sigma.mean(), "sigma_outline": mean_where(label.sigma, band),
+        "w": label.w.mean(), "w_outline": mean_where(label.w, band),
     }
     if filtered:
         found["keep"] = label.keep.mean()

@@ -21,7 +21,9 @@ from mira_u_jax.errors import UserError
 
 ENOUGH = 5  # pairs before a difference may be called one
 SAME = ("label_seed", "seed", "data_dir", "data")  # top-level keys in which the runs of a group may differ
-NAMED = ("name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold")  # what a title or a heading says
+NAMED = (  # what a title or a heading says
+    "name", "dataset", "test", "split", "preset", "method", "ablate", "frac", "fold", "files.images", "files.masks",
+)
 
 DOUBTS = ("failure_auroc", "dice_surest", "failure_rate_surest")  # what the figures of each image still tell of older runs
 UNHEARD = {  # what a run without pseudo-labels does not read
@@ -112,6 +114,8 @@ class Group:
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
         known = {configuration.RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
+        for leaves in (meant, known):  # of a folder a result says only that it was given
+            leaves |= {k: bool(v) for k, v in leaves.items() if k.removeprefix("files.") in configuration.FOLDERS}
         differing = {k: v for k, v in known.items() if (v != meant[k] if k in meant else v)}
         return {
             k: v for k, v in differing.items()

@@ -241,8 +241,8 @@ def test_report_equals_loops_over_the_pixels(seed, smooth):
     truth, band, keep = shares > 0.5, wanted_band(label.mu), label.keep.astype(bool)
     assert 0 < band.mean() < 1 or not smooth
     wanted = {
-        "sigma": label.sigma.mean(), "sigma_band": label.sigma[band == 1].mean(),
-        "w": label.w.mean(), "w_band": label.w[band == 1].mean(), "keep": label.keep.mean(),
+        "sigma": label.sigma.mean(), "sigma_outline": label.sigma[band == 1].mean(),
+        "w": label.w.mean(), "w_outline": label.w[band == 1].mean(), "keep": label.keep.mean(),
         "teacher_dice": np.mean([wanted_dice(label.mu[b], truth[b]) for b in range(SHAPE[0])]),
         "student_dice": np.mean([wanted_dice(p_w[b], truth[b]) for b in range(SHAPE[0])]),
     }
@@ -285,7 +285,7 @@ def test_what_no_pixel_has_is_nan_and_not_a_number_that_a_mean_would_take(kept, 
 def test_a_report_without_filter_says_nothing_of_kept_pixels():
     label, p_w, truth = drawn(0, smooth=True)
     found = pseudo.report(label, p_w, truth, filtered=False)
-    assert set(found) == {"sigma", "sigma_band", "w", "w_band", "teacher_dice", "student_dice"}
+    assert set(found) == {"sigma", "sigma_outline", "w", "w_outline", "teacher_dice", "student_dice"}
     filtered = pseudo.report(label, p_w, truth, filtered=True)
     assert all(found[name] == filtered[name] for name in found)
 
@@ -296,7 +296,7 @@ def test_report_of_images_without_lesion_has_no_band():
     label = pseudo.PseudoLabel(empty, empty, empty + 1, empty + 1, empty)
     found = pseudo.report(label, empty, empty, filtered=False)
     assert found["teacher_dice"] == found["student_dice"] == 1
-    assert {name for name, value in found.items() if np.isnan(value)} == {"sigma_band", "w_band"}
+    assert {name for name, value in found.items() if np.isnan(value)} == {"sigma_outline", "w_outline"}
 
 
 def test_calibration_error_of_a_calibrated_and_of_a_sure_and_wrong_label():

@@ -48,6 +48,21 @@ def test_a_key_from_later_and_one_that_nothing_reads_part_no_group(results):
     assert titles(runs.grouped(runs.load([results.folder]))) == [("supervised", 0.1, [(3, 3), (4, 4), (5, 5)])]
 
 
+def test_folders_are_named_where_they_add_to_a_data_set(results):
+    """A result says of them only that they were given; of a run on a folder the heading says that."""
+    pairs(results, "frac=0.1", [0.8])
+    for changed in ({"images": True, "masks": True}, {"extra": True}):
+        path = results("frac=0.1,label_seed=4,seed=4", 0.8)
+        result = json.loads(path.read_text())
+        result["config"]["files"] |= {"images": False, "masks": False, "extra": False} | changed
+        result["config"]["dataset"] = "folder" if "images" in changed else "isic2016"
+        (path.parent / f"{min(changed)}.json").write_text(json.dumps(result))
+        path.unlink()
+    assert sorted(title for title, *_ in titles(runs.grouped(runs.load([results.folder])))) == [
+        "mira_u", "mira_u", "mira_u extra=True",
+    ]
+
+
 def test_a_key_that_is_gone_parts_a_group_where_it_was_set(results):
     kept = results("frac=0.1,label_seed=3,seed=3", 0.9)
     result = json.loads(kept.read_text())
