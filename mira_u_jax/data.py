@@ -108,7 +108,7 @@ def training_set(config) -> TrainingSet:
         contents += [more.sha256[file] for file in more.images.values()]
         source = files.Joined(source, files.FileRows(more))
     rows = Rows(source, picked, config.size)
-    told = digest(ids, labelled, contents)
+    told = digest(ids, labelled.tolist(), contents)
     return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary, told)
 
 
