@@ -163,7 +163,7 @@ def extra_images(config, builder) -> files.Found:
             return "of a name that is measured on"
         return "equal to an image that is measured on" if fingerprint(pixels) in prints else None
 
-    return sound(files.check(config.files.extra, key="extra", threads=config.data.threads, look=duplicate), config)
+    return sound(files.check(config.files.extra, key="extra", threads=config.data.threads, refuse=duplicate), config)
 
 
 def sound(found: files.Found, config) -> files.Found:
@@ -255,13 +255,13 @@ def held_out_examples(config) -> Examples:
     def read(id):
         return example(id, *pairs[id], config.size)
 
-    def sound(id):
+    def readable(id):
         try:
             return bool(read(id))
         except DataError:
             return False
 
-    return Examples(read, [id for id in pairs if not config.files.skip or sound(id)])
+    return Examples(read, [id for id in pairs if not config.files.skip or readable(id)])
 
 
 def measurable(config) -> bool:

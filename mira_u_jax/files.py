@@ -85,10 +85,10 @@ def id_of(name: str, *, outline: bool = False) -> str:
     return stem
 
 
-def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Callable | None = None) -> Found:
+def check(images, masks=None, *, key: str = "images", threads: int = 4, refuse: Callable | None = None) -> Found:
     """Everything in the folder `images`, which configuration key `key` names, and in `masks`; each file is decoded once.
 
-    Files are paired by name without extension, the outline's with or without SUFFIXES. look(id, pixels): called with each
+    Files are paired by name without extension, the outline's with or without SUFFIXES. refuse(id, pixels): called with each
     image, uint8 (h, w, 3), on one of the threads; a text that it returns is a reason to leave the image out, counted in the
     notes. Raises UserError where there is no folder or no image.
     """
@@ -107,7 +107,7 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, look: Ca
             for file in [found[id][0], *outlines.get(id, [])]:
                 sha256[file] = hashlib.sha256(file.read()).hexdigest()
             pixels, mask = inputs.pixels(found[id][0]), None
-            reason = look(id, pixels) if look else None
+            reason = refuse(id, pixels) if refuse else None
             if id in outlines:
                 mask = common.read_mask(outlines[id][0], pixels.shape[1::-1])
             return pixels.shape[1::-1], reason, "" if mask is None else looks(mask)

@@ -84,7 +84,7 @@ def predict(
         table = csv.writer(f)
         table.writerow(COLUMNS)
         read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), threads)
-        looked = (item for group in batched(good(read), batch) for item in look(step, group, batch))
+        looked = (item for group in batched(good(read), batch) for item in with_maps(step, group, batch))
         for row in ahead(pool, functools.partial(write_item, output=output, probability=probability), looked, threads):
             table.writerow(row)
             f.flush()
@@ -118,7 +118,7 @@ def read_item(named, *, size: int) -> tuple[str, Item | DataError]:
         return id, error
 
 
-def look(step, items, batch: int):
+def with_maps(step, items, batch: int):
     """The items of a batch with their maps; the last batch is padded."""
     started = time.perf_counter()
     maps = jax.device_get(step(trained.padded([item.square for item in items], batch)))

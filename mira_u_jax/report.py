@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from mira_u_jax import beside, charts, command, consistency, page, runs
+from mira_u_jax import charts, command, consistency, page, paper_tables, runs
 from mira_u_jax.errors import UserError
 from mira_u_jax.text import Table, check, figure, heading, mark, markdown, percent, span
 
@@ -143,7 +143,7 @@ def tables(groups) -> list[Table]:
     found = [segmentation(groups), more(groups), differences(groups), gaps(groups)]
     for title, bench in benches(groups).items():
         if bench[0].config["split"] == "test" and bench[0].config["dataset"] == "isic2016":
-            found += beside.tables(bench, title)
+            found += paper_tables.tables(bench, title)
     return [table for table in [*found, listed(groups)] if table[3]]
 
 

@@ -235,8 +235,8 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
             augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, View(image, notcut, p_w, labels))
             for i, (image, notcut) in enumerate(strong)
         ]
-        strong = jax.tree.map(beside, *mixed)
-        x = beside(x, *(view.image for view in mixed))  # one forward pass for the labelled and the strong batch
+        strong = jax.tree.map(interleaved, *mixed)
+        x = interleaved(x, *(view.image for view in mixed))  # one forward pass for the labelled and the strong batch
 
     def loss_fn(params):
         # 5. The losses; dropout is on in every trained pass.
@@ -290,7 +290,7 @@ def rows(data, index, name: str) -> dict[str, jax.Array]:
     return data[name] if index is None else {part: values[index[name]] for part, values in data.items()}
 
 
-def beside(*batches):
+def interleaved(*batches):
     """Arrays (b, ...) as one (b v, ...) in which those of one place are neighbours, so that none leaves its device."""
     return rearrange(jnp.stack(batches, 1), "b v ... -> (b v) ...")
 

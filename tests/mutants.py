@@ -231,7 +231,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "kept = np.clip(np.cumsum(times, -1) - (1 - share) * total, 0, times)", "tests/selective_test.py -k surest"),
     ("a damaged checkpoint is believed", "checkpoint.py", "wrong = wrong or differing(tree, metadata)",
      "pass", "tests/checkpoint_test.py -k values_that_decode"),
-    ("what another process cannot read is taken", "checkpoint.py", "if anywhere(wrong) and not wrong:", "if False:",
+    ("what another process cannot read is taken", "checkpoint.py", "if elsewhere and not wrong:", "if False:",
      "tests/checkpoint_test.py -k one_process_cannot_read"),
     ("a checksum without places", "checkpoint.py", "(2 * places[shard.index] + 1)", "(1 + 0 * places[shard.index])",
      "tests/checkpoint_test.py -k every_word"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mira_u_jax import beside, paper, report, runs, text
+from mira_u_jax import paper, paper_tables, report, runs, text
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -68,10 +68,10 @@ def test_a_run_that_is_measured_on_ph2_stands_in_its_table_alone(results, tmp_pa
 
 def test_the_parameters_of_a_run_with_older_keys_are_counted(results):
     settings = json.loads(results("frac=0.5,preset=smoke,label_seed=3,seed=3", 0.9).read_text())["config"]
-    wanted = beside.parameters(settings)
+    wanted = paper_tables.parameters(settings)
     settings["student"]["heads"] = settings["student"].pop("outputs")
     del settings["mesh"], settings["evaluation"]
-    assert beside.parameters(settings) == wanted > 1_000 and "heads" in settings["student"]
+    assert paper_tables.parameters(settings) == wanted > 1_000 and "heads" in settings["student"]
 
 
 def test_differences_and_gaps(written):
@@ -203,8 +203,8 @@ def test_figures(value, as_text):
 
 def test_every_row_of_the_paper_has_its_candidates():
     for row in paper.ROWS:
-        found = beside.candidates(row)
-        assert bool(found) == (row.table != 4 or row.label in beside.TABLE_4), row
+        found = paper_tables.candidates(row)
+        assert bool(found) == (row.table != 4 or row.label in paper_tables.TABLE_4), row
     ours = [row.label for row in paper.ROWS if row.table == 4 and not row.cited]
     assert ours == ["MIRA-U, 50%"]
 
