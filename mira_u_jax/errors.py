@@ -21,7 +21,7 @@ PREEMPTED = 143  # 128 + SIGTERM, what a shell reports of a process that SIGTERM
 
 
 def exit_status(run, *, debug: bool = False) -> int:
-    """Call run() and return 0; or print one line and return another status: docs/development.md, "Exit status"."""
+    """Call run() and return 0; or print one line and return another status: docs/usage.md, "Exit status"."""
     try:
         run()
     except (UserError, DataError) as error:
