@@ -134,7 +134,9 @@ def mean_where(x, where):
 
 
 def dice(p, truth, axis):
-    """Dice of p > .5 against a binary truth, sums over `axis`, 1 where both are empty."""
+    """Dice of p > .5 against a binary truth, sums over `axis`. Both halves plus 1, so that it is 1 where both are empty;
+    metrics.scores, which measures, adds nothing.
+    """
     p = equations.f32(p > 0.5)
     return (2 * (p * truth).sum(axis) + 1) / (p.sum(axis) + truth.sum(axis) + 1)
 

@@ -53,9 +53,9 @@ class Run:
     def __init__(self, config, workdir: pathlib.Path, mesh, dataset: data.TrainingSet):
         self.config, self.workdir, self.mesh, self.dataset = config, workdir, mesh, dataset
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
-        streamed = data.streamed(config.data, dataset.rows)
-        pool = None if streamed else dataset.rows.take(dataset.unlabelled, config.data.threads)
-        self.resident = None if streamed else sharding.everywhere(pool, mesh)
+        self.resident = None
+        if not data.streamed(config.data, dataset.rows):
+            self.resident = sharding.everywhere(dataset.rows.take(dataset.unlabelled, config.data.threads), mesh)
         cluster.meet("data")
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:

@@ -235,7 +235,7 @@ def looks_inverted(mask: np.ndarray) -> bool:
 
 
 def squash(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 (h, w[, c]) to (size, size[, c]), aspect ratio given up: area mean, or bilinear where it grows."""
+    """Resizes uint8 (h, w[, c]) to (size, size[, c]), aspect ratio given up: area mean; bilinear where a side grows."""
     h, w = pixels.shape[:2]
     if (h, w) == (size, size):
         return pixels
