@@ -43,17 +43,20 @@ def test_the_rule_spreads_the_longest_axis_that_the_devices_divide():
 
 @pytest.mark.parametrize(("batch", "mim", "asked", "environment", "count"), [
     (8, 16, "auto", {}, 4), (4, 16, "auto", {}, 2), (8, 3, "auto", {}, 1), (8, 16, 3, {}, 3),
+    (8, -3, "auto", {}, 4),  # no masked image modelling
     (8, 16, "auto", {"JAX_NUM_CPU_DEVICES": "5"}, 5),
     (8, 16, "auto", {"XLA_FLAGS": "--xla_force_host_platform_device_count=6"}, 6),
 ])
 def test_a_core_is_a_device_where_it_divides_the_batches(batch, mim, asked, environment, count):
     """On a machine of seven cores."""
     code = f"""
-import types, jax
-from mira_u_jax import sharding
+import jax
+from configs import common
+from mira_u_jax import config, sharding
 sharding.cpu_count = lambda: 7
-part = types.SimpleNamespace
-sharding.use_cores(part(mesh=part(cpu_devices={asked!r}), train=part(batch={batch}), mim=part(batch={mim})))
+c = common.get_config("preset=smoke")
+config.update(c, {{"mesh.cpu_devices": {asked!r}, "train.batch": {batch}, "mim.batch": abs({mim}), "mim.steps": max({mim}, 0)}})
+sharding.use_cores(c)
 print(jax.device_count())
 """
     env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")} | environment
