@@ -55,7 +55,8 @@ from configs import common
 from mira_u_jax import config, sharding
 sharding.cpu_count = lambda: 7
 c = common.get_config("preset=smoke")
-config.update(c, {{"mesh.cpu_devices": {asked!r}, "train.batch": {batch}, "mim.batch": abs({mim}), "mim.steps": max({mim}, 0)}})
+config.update(c, {{"mesh.cpu_devices": {asked!r}, "train.batch": {batch}}})
+config.update(c, {{"mim.batch": abs({mim}), "mim.steps": max({mim}, 0)}})
 sharding.use_cores(c)
 print(jax.device_count())
 """
