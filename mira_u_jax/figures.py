@@ -36,9 +36,9 @@ def panel(path, columns: dict[str, np.ndarray], rows: list[str]):
             figure.colorbar(drawn, ax=axes[:, j], location="bottom", shrink=0.8, aspect=12)
     for i, label in enumerate(rows):
         axes[i, 0].set_ylabel(label, fontsize=7)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    whole.write(path, drawn.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    whole.write(path, png.getvalue())
     plt.close(figure)
 
 

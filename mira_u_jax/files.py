@@ -86,7 +86,7 @@ def id_of(name: str, *, outline: bool = False) -> str:
 
 
 def check(images, masks=None, *, key: str = "images", threads: int = 4, refuse: Callable | None = None) -> Found:
-    """Everything in the folder `images`, which configuration key `key` names, and in `masks`; each file is decoded once.
+    """Everything in the folder `images`, which configuration key `key` names, and in `masks`; each is read and decoded once.
 
     Files are paired by name without extension, the outline's with or without SUFFIXES. refuse(id, pixels): called with each
     image, uint8 (h, w, 3), on one of the threads; a text that it returns is a reason to leave the image out, counted in the
@@ -104,12 +104,12 @@ def check(images, masks=None, *, key: str = "images", threads: int = 4, refuse: 
 
     def decoded(id):
         try:
-            for file in [found[id][0], *outlines.get(id, [])]:
-                sha256[file] = hashlib.sha256(file.read()).hexdigest()
-            pixels, mask = inputs.pixels(found[id][0]), None
+            read = {file: file.read() for file in [found[id][0], *outlines.get(id, [])]}
+            sha256.update({file: hashlib.sha256(content).hexdigest() for file, content in read.items()})
+            pixels, mask = inputs.pixels(found[id][0], read[found[id][0]]), None
             reason = refuse(id, pixels) if refuse else None
             if id in outlines:
-                mask = common.read_mask(outlines[id][0], pixels.shape[1::-1])
+                mask = common.read_mask(outlines[id][0], pixels.shape[1::-1], content=read[outlines[id][0]])
             return pixels.shape[1::-1], reason, "" if mask is None else looks(mask)
         except DataError as error:
             return error

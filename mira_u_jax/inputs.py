@@ -95,6 +95,9 @@ NAMES = (  # of a file, without what a file name cannot hold
 )
 
 
-def pixels(file: common.File) -> np.ndarray:
-    """uint8 (h, w, 3) of a file, as it is stored: an orientation tag turns nothing. Raises DataError."""
-    return np.asarray(common.decode(file.read(), file).convert("RGB"))
+def pixels(file: common.File, content: bytes | None = None) -> np.ndarray:
+    """uint8 (h, w, 3) of a file, as it is stored: an orientation tag turns nothing. Raises DataError.
+
+    content: its bytes, where they have been read.
+    """
+    return np.asarray(common.decode(file.read() if content is None else content, file).convert("RGB"))

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.special import expit
 
 from mira_u_jax import command, inputs, selective, trained, whole
@@ -34,7 +35,9 @@ from tfds_builders import common
 from tfds_builders.common import DataError
 
 COLUMNS = ("id", "area_share", "mean_sigma", "doubt", "border_touched", "seconds")
-SOFTWARE = "mira_u_jax.predict"
+SOFTWARE = "mira_u_jax.predict"  # what its pictures say wrote them
+SIGNED = PngInfo()
+SIGNED.add_text("Software", SOFTWARE)
 NAMED = 5  # files that the last line names; failed.txt names all
 
 
@@ -147,7 +150,7 @@ def write_item(item: Item, *, output: pathlib.Path, probability: bool = False) -
 
 def save(path: pathlib.Path, pixels: np.ndarray):
     """PNG of uint8 (h, w[, 3]) that says whose it is."""
-    whole.write(path, common.png(pixels, {"Software": SOFTWARE}))
+    whole.write(path, common.png(pixels, pnginfo=SIGNED))
 
 
 def foreign(path: pathlib.Path) -> bool:

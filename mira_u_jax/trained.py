@@ -53,8 +53,8 @@ def load(workdir, network: str = "student", flips: bool | None = None):
 def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax.Array]:
     """{"logits", "mean", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
 
-    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes. All
-    images meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
+    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes. All images
+    meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
     """
     key = named(jax.random.key(seed), "predict")
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 LABEL_SEEDS = 8  # label seeds 0..7, one column of `label_rank` each
 DEV_BELOW = 51  # of 256: about a fifth of the training images
@@ -219,9 +219,9 @@ def binary_mask(image: Image.Image, where: object = "a mask") -> np.ndarray:
     return np.where(values >= (1 if values.max() <= 1 else 128), 255, 0).astype(np.uint8)
 
 
-def read_mask(file: File, size: tuple[int, int], remedy: str = "") -> np.ndarray:
-    """The mask of an image of `size` (w, h), as `binary_mask` gives it; DataError, also where its size is another."""
-    mask = decode(file.read(), file)
+def read_mask(file: File, size: tuple[int, int], remedy: str = "", content: bytes | None = None) -> np.ndarray:
+    """`binary_mask` of an image of `size` (w, h); DataError, also for another size. content: its bytes, if read before."""
+    mask = decode(file.read() if content is None else content, file)
     if mask.size != size:
         raise DataError(f"{file} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}{remedy}")
     return binary_mask(mask, file)
@@ -248,12 +248,10 @@ def squash_mask(mask: np.ndarray, size: int) -> np.ndarray:
     return np.where(squash(mask, size) >= 128, 255, 0).astype(np.uint8)
 
 
-def png(pixels: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
-    """uint8 (h, w) or (h, w, 3) as PNG bytes; texts: keywords and what the file says under them."""
-    buffer, said = io.BytesIO(), PngImagePlugin.PngInfo()
-    for keyword, text in (texts or {}).items():
-        said.add_text(keyword, text)
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=said, compress_level=3)  # 10% more bytes than 6
+def png(pixels: np.ndarray, **options) -> bytes:
+    """uint8 (h, w) or (h, w, 3) as PNG bytes; options: of Pillow's PNG writer."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=3, **options)  # a third of 6's time, 10% more bytes
     return buffer.getvalue()
 
 
