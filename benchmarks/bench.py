@@ -1,6 +1,6 @@
 """How fast the whole MIRA-U step is, against the same step in PyTorch, in one run on this machine.
 
-    python -m benchmarks.bench [--json=FILE] [--grid=pixels|axes|full] [--size=128 --batch=8 --passes=8 --seconds=200]
+    python -m benchmarks.bench [--json=FILE] [--grid=pixels|passes|axes|full] [--size=128 --batch=8 --passes=8 --seconds=200]
 
 Prints one markdown table; --json also writes its rows. What they mean: benchmarks/README.md. Each framework has a process of
 its own and works only in its turn; this one imports neither.
@@ -18,6 +18,7 @@ import time
 
 import numpy as np
 
+from benchmarks import grid
 from benchmarks.remote import Remote, RemoteError
 
 OURS, PEER = "benchmarks.ours:Ours", "benchmarks.peer:TorchSide"
@@ -47,7 +48,7 @@ class Table:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the rows there")
-    parser.add_argument("--grid", choices=("default", "pixels", "axes", "full"), default="default")
+    parser.add_argument("--grid", choices=("default", *grid.GRIDS), default="default")
     parser.add_argument("--preset", default="cpu128", help="whose networks (configs/common.py)")
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--batch", type=int, default=8, help="labelled images a step, and as many unlabelled ones")
@@ -62,8 +63,6 @@ def main(argv=None) -> int:
         ignored = ("size", "batch", "passes", "minutes", "compile", "compile_limit")  # a grid has its own, and no peer
         if given := [name for name in ignored if getattr(args, name) != parser.get_default(name)]:
             parser.error(f"--{given[0]} is for --grid=default; a grid sets it itself")
-        from benchmarks import grid
-
         grid.measure(
             Table(args.json), args.preset, args.set, seconds=args.seconds / 100, settings=grid.GRIDS[args.grid]
         )

@@ -14,7 +14,11 @@ ALONE = ("one ViT pass", "one student pass")
 
 FULL = list(itertools.product(SIZES, PASSES, BATCHES, PRECISIONS))
 AXES = [s for s in FULL if s[1] > 1 and sum(a != b for a, b in zip(s, BASE, strict=True)) <= 1]  # one changed at a time
-GRIDS = {"pixels": [s for s in AXES if s[1:] == BASE[1:]], "axes": AXES, "full": FULL}
+GRIDS = {
+    "pixels": [s for s in AXES if s[1:] == BASE[1:]],
+    "passes": [s for s in AXES if s[:1] + s[2:] == BASE[:1] + BASE[2:]],
+    "axes": AXES, "full": FULL,
+}
 SETTLE = 4  # steps that are not timed: the kernel has to find the huge pages first
 
 

@@ -176,8 +176,9 @@ class Ours:
         """The M passes and the labels from them; or `passes` of one network."""
         image = self.inputs()[2].image
         if name:
-            made = jax.jit(lambda phi, key: pseudo.teacher_passes(self.networks[name], phi[name], image, key, passes))
-            return lambda: jax.block_until_ready(made(self.state.ema, self.key))
+            # The image as an argument: what a program only closes over it holds whole on every device.
+            made = jax.jit(lambda phi, image, key: pseudo.teacher_passes(self.networks[name], phi[name], image, key, passes))
+            return lambda: jax.block_until_ready(made(self.state.ema, image, self.key))
         made = jax.jit(lambda state, image, key: pseudo.pseudo_labels(
             state, image, key, networks=self.networks, config=self.config, share=0.5
         ))

@@ -222,6 +222,7 @@ def test_the_axes_of_the_grid_cross_at_the_base_and_each_has_its_line():
         rest = [s[:axis] + s[axis + 1 :] for s in grid.AXES]
         assert rest.count(grid.BASE[:axis] + grid.BASE[axis + 1 :]) >= 2, name
     assert [s[0] for s in grid.GRIDS["pixels"]] == list(grid.SIZES)
+    assert [s[1] for s in grid.GRIDS["passes"]] == [m for m in grid.PASSES if m > 1]
 
 
 @pytest.mark.slow
