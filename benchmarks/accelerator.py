@@ -23,7 +23,8 @@ PEAKS = {
 }
 SETTING = {"preset": "full", "size": 256, "batch": 16, "passes": 8, "set": []}
 TOY = {"preset": "smoke", "size": 32, "batch": 2, "passes": 2, "set": [
-    "student.widths=(8, 8)", "student.stages=('conv', 'swin')", "student.skips=('cross',)", "augment.strong_ops=1",
+    "student.widths=(8, 8, 8)", "student.stages=('conv', 'conv', 'swin')", "student.skips=('gate', 'cross')",
+    "augment.strong_ops=1",
     "mesh.cpu_devices=1",
 ]}
 SATURATED = 1.05  # images/s after doubling the batch must grow by this, or doubling ends
@@ -55,16 +56,17 @@ class Script:
         self.environ = {"MIRA_U_CACHE": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch needs memory beside us
         if args.toy:
             self.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        self.machine, self.began = None, 0.0
+        self.machine, self.began, self.flops = None, 0.0, math.nan  # flops: of a step, for each image pair
 
     def measure(self):
         """Every row; ours in bfloat16 unless a row says otherwise."""
         half, single = self.setting("bfloat16"), self.setting("float32")
         rate = self.row("step, bfloat16", lambda: self.step(half, "bfloat16", first=True), need=0)
-        self.row("step, float32", lambda: self.step(single, "float32"))
         self.row("compile_warm", lambda: self.warm(half))
+        self.row("step, float32", lambda: self.step(single, "float32"))
+        few = self.setting("bfloat16", batch=2)  # sixteen states with their activations must fit
+        self.row("replicates", lambda: self.replicates(few, (2,) if self.toy else (1, 4, 16)))
         self.batches(rate or 0.0)
-        self.row("replicates", lambda: self.replicates(half, (2,) if self.toy else (1, 4, 16)))
 
     def setting(self, precision: str, **changes) -> dict:
         base = TOY if self.toy else SETTING
@@ -110,9 +112,12 @@ class Script:
                 self.compiling("compile_cold", found)
             rate = self.speed(f"step, {precision}", ours, found, setting)
             if self.args.trace and first:
-                ours("trace", self.args.trace)
-                self.table.add("trace", self.args.trace, "three steps, for the profile viewer of TensorBoard or xprof")
+                self.row("trace", lambda: self.trace(ours))
         return rate
+
+    def trace(self, ours):
+        ours("trace", self.args.trace, timeout=max(self.left(), 60))
+        self.table.add("trace", self.args.trace, "three steps, for the profile viewer of TensorBoard or xprof")
 
     def warm(self, setting: dict):
         """A process whose cache is filled: how soon it is ready, turns with PyTorch, and each part of the step."""
@@ -134,7 +139,7 @@ class Script:
             seconds=found["trace_s"] + found["compile_s"], **found,
         )
 
-    def look(self, ours):
+    def look(self, ours, found: dict, setting: dict):
         """The row of the machine: its name, and what a large product and a large copy reach."""
         device = ours("device")
         size = {"side": 512, "megabytes": 16} if self.toy else {"side": 8192, "megabytes": 1024}
@@ -145,8 +150,13 @@ class Script:
             "peak": count * (maker or product["bfloat16"]["flops_per_s"]),
             "peak_is": "the maker's bfloat16 peak" if maker else "a measured bfloat16 product",
             "bytes_per_s": count * product["float32"]["bytes_per_s"],
+            "uncounted": " without those of cuDNN and cuBLAS" if device["platform"] == "gpu" else "",
         }
-        rates = {name: found["flops_per_s"] for name, found in product.items()}
+        if count_of := found["flops_before_optimisation"]:
+            self.flops = count_of / setting["batch"]
+        else:
+            self.row("operations", lambda: self.count(setting))
+        rates = {name: measured["flops_per_s"] for name, measured in product.items()}
         self.table.add(
             "machine", f"{device['devices']} x {device['kind']}",
             f"product bfloat16 {rates['bfloat16'] / 1e12:.3g} Tflop/s, float32 {rates['float32'] / 1e12:.3g}, copy "
@@ -155,18 +165,28 @@ class Script:
             product=rates, maker=maker, **self.machine, **device,
         )
 
+    def count(self, setting: dict):
+        """XLA's count of the step before it is optimised, from a process on a CPU: GPUs and TPUs do not give one.
+
+        Of the optimised program it would not do: XLA does not count what cuDNN and cuBLAS compute.
+        """
+        environ = self.environ | {"JAX_PLATFORMS": "cpu"}
+        with Remote(bench.OURS, setting, environ=environ) as host:
+            flops = host("count", timeout=max(self.left(), 60))
+        self.flops = flops / setting["batch"]
+        note = "counted before optimisation, lowered for a CPU"
+        self.table.add("operations", f"{flops / 1e12:.3g} Tflop a step", note, flops=flops)
+
     def speed(self, name: str, ours, found: dict, setting: dict, **more) -> float:
         """A row of the whole step; returns images/s."""
         if self.machine is None:  # the first process that came so far
-            self.look(ours)
+            self.look(ours, found, setting)
         first = ours("run", 1)
         count = 1 if self.toy else max(1, min(math.ceil(0.5 / first), 50))  # half a second a turn: no host in the figure
         turns = 3 if self.toy else max(3, min(round(10 / (count * first)), 20))
         times = [ours("run", count) / count for _ in range(turns)]
         seconds = statistics.median(times)
-        # Before optimisation the program has no library calls yet, which XLA does not count.
-        flops, moved = found["flops_before_optimisation"] or found["flops"] or math.nan, found["bytes"] or math.nan
-        images = 2 * setting["batch"]
+        flops, moved, images = self.flops * setting["batch"], found["bytes"] or math.nan, 2 * setting["batch"]
         mfu, share = flops / seconds / self.machine["peak"], moved / seconds / self.machine["bytes_per_s"]
         memory = ours("device")["peak_bytes"]
         where = "of the device" if memory else "of the process, no figure of the device"
@@ -174,7 +194,8 @@ class Script:
         self.table.add(
             name, f"{seconds:.4f} s, {images / seconds:.1f} images/s, MFU {mfu:.1%}",
             f"{setting['size']} px, {images // 2} + {images // 2} images, M = {setting['passes']}; {flops / 1e12:.3g} Tflop "
-            f"counted by XLA, over {self.machine['peak_is']}; bytes at {share:.0%} of the copy's rate; "
+            f"counted by XLA, over {self.machine['peak_is']}; bytes at {share:.0%} of the copy's rate"
+            f"{self.machine['uncounted']}; "
             f"peak memory {memory / 2**20:.0f} MB {where}; {min(times):.4f} to {max(times):.4f} s",
             seconds=seconds, images_per_s=images / seconds, mfu=mfu, flops=flops, bytes=moved, bytes_share=share,
             memory=memory, temporary_bytes=found["temporary_bytes"], all=times, setting=setting, **more,

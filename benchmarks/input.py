@@ -3,7 +3,7 @@
     python -m benchmarks.input [--config=configs/synthetic.py:preset=cpu] [--seconds=200] [--json=FILE]
 
 The loop's own batches and its own compiled step, from the middle of a run on, so that every term of the loss is there. A
-program is compiled for each way of reading; the two that share it take turns of a second or more.
+program is compiled for each way of reading; the two that share it take turns, longer than what a stream reads ahead.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from benchmarks.bench import paired_ratio
 from mira_u_jax import command, config, data, sharding, steps, train
 
 STEPS = 1_000
+AHEAD, REST = 3, 1.0  # more batches than a stream reads ahead; seconds in which it has read them
 
 
 class Loop:
@@ -60,10 +61,12 @@ class Loop:
     def compare(self, seconds: float) -> tuple[float, float, float]:
         """Time of a step with data / on one batch: the median over pairs of turns and its 95% bootstrap interval."""
         self.run(1, self.fixed)  # compiles
-        count = math.ceil(1 / min(self.run(1, self.fixed) for _ in range(3)))
+        count = max(math.ceil(2 / min(self.run(1, self.fixed) for _ in range(3))), 8)
         own, fixed, end = [], [], time.monotonic() + seconds
         while len(own) < 3 or time.monotonic() < end:
+            self.run(AHEAD, self.batches)  # read while the others ran: at no cost to who runs now
             own.append(self.run(count, self.batches))
+            time.sleep(REST)  # what is read ahead is not read beside the others
             fixed.append(self.run(count, self.fixed))
         return paired_ratio(own, fixed)
 

@@ -51,13 +51,20 @@ class Ours:
             state, data, index, key, networks=self.networks, tx=self.tx, config=self.config, steps=STEPS, epoch=EPOCH
         )
 
+    def lowered(self):
+        whole = sharding.replicated(self.mesh)
+        return jax.jit(self.step, donate_argnums=0, out_shardings=whole).lower(
+            self.state, self.resident, self.index(), self.key
+        )
+
+    def count(self) -> float:
+        """XLA's count of the operations of a step before it is optimised, nothing compiled; KeyError where it gives none."""
+        return cost_of(self.lowered())["flops"]
+
     def compile(self) -> dict:
         """Compile the step and run it once: seconds and what XLA says of it, bytes and operations a step."""
         start = time.perf_counter()
-        whole = sharding.replicated(self.mesh)
-        lowered = jax.jit(self.step, donate_argnums=0, out_shardings=whole).lower(
-            self.state, self.resident, self.index(), self.key
-        )
+        lowered = self.lowered()
         traced = time.perf_counter()
         self.compiled = lowered.compile()
         compiled = time.perf_counter()

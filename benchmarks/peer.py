@@ -5,10 +5,12 @@ import time
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.remote import median_seconds, peak_memory
 from benchmarks.setting import COMPARED, config_of, drawn_images
+from benchmarks.torch_networks import GateSkip
 from benchmarks.torch_step import Peer, last, supervised_loss
 
 
@@ -23,6 +25,7 @@ class TorchSide:
         self.data = {"image": image.to(device), "mask": torch.from_numpy(host["mask"]).to(device)}
         self.peer = Peer(config_of(setting), params, steps=steps, device=device)
         self.peer.at, self.call = begin, self.peer.eager
+        torch.backends.cudnn.benchmark = True  # shapes never change; XLA tunes its own
 
     def run(self, count: int, passes: str = "batched", eager: bool = False) -> float:
         """Seconds for `count` steps, input included; one pass at a time ("loop") is always eager, as published code is."""
@@ -31,7 +34,7 @@ class TorchSide:
         start = time.perf_counter()
         for _ in range(count):
             index = {
-                which: torch.randperm(len(self.data["mask"]), generator=self.random)[:batch]
+                which: torch.randint(len(self.data["mask"]), (batch,), generator=self.random)
                 for which in ("labelled", "unlabelled")
             }
             measured = self.peer.step(self.data, index)
@@ -67,9 +70,12 @@ class TorchSide:
         return found
 
     def operations(self) -> int:
-        """Products and convolutions of a whole step, each multiplication and addition counted."""
+        """Products and convolutions of a whole step, each multiplication and addition counted.
+
+        Attention as two products: torch has no formula for the form in which a CPU computes it.
+        """
         kept, self.call = self.call, self.peer.eager
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.run(1)
         self.call = kept
         return counter.get_total_flops()
@@ -99,8 +105,11 @@ class TorchSide:
             x, slope = (last(torch.rand(t.shape, device=self.device)) for t in (given[0], out))
             stack.append((part, x.requires_grad_(x.shape[1] != 3), slope))  # nothing asks for the gradient of an image
 
-        kinds = nn.Conv2d | nn.ConvTranspose2d
-        hooks = [part.register_forward_hook(remember) for part in student.modules() if isinstance(part, kinds)]
+        def remember_gate(part, given, out):  # its convolution is computed in two halves and never called
+            remember(part.gate, [torch.cat(given, 1)], out)
+
+        kinds = {nn.Conv2d: remember, nn.ConvTranspose2d: remember, GateSkip: remember_gate}
+        hooks = [part.register_forward_hook(kinds[type(part)]) for part in student.modules() if type(part) in kinds]
         with torch.no_grad():
             student(image)
         for hook in hooks:

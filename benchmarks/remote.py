@@ -32,7 +32,10 @@ class Remote:
         self.result()  # the constructor's
 
     def __call__(self, method: str, *args, timeout: float | None = None, **kwargs):
-        self.pipe.send((method, args, kwargs))
+        try:
+            self.pipe.send((method, args, kwargs))
+        except OSError:  # it ended in an earlier call
+            raise self.ended() from None
         return self.result(timeout)
 
     def result(self, timeout: float | None = None):
@@ -42,12 +45,15 @@ class Remote:
                 self.process.kill()
                 raise RemoteError(f"no answer after {timeout:.0f} s")
             done, value = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            raise RemoteError(f"the process ended with status {self.process.exitcode}") from None
+        except (EOFError, OSError):
+            raise self.ended() from None
         if not done:
             raise RemoteError(value)
         return value
+
+    def ended(self) -> RemoteError:
+        self.process.join(10)
+        return RemoteError(f"the process ended with status {self.process.exitcode}")
 
     def close(self):
         self.pipe.close()

@@ -72,15 +72,19 @@ def temperature(image, m):
     return (image * (1 + m * constant((0.15, 0.0, -0.15), image.device).view(1, 3, 1, 1))).clamp(0, 1)
 
 
+YIQ = torch.tensor(((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)))
+RGB = torch.linalg.inv(YIQ)  # on the host: on a GPU it would wait
+
+
 def hue(image, m):
-    to_yiq = constant(((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)), image.device)
+    to_yiq, to_rgb = (constant(tuple(map(tuple, matrix.tolist())), image.device) for matrix in (YIQ, RGB))
     angle = m.flatten() * math.radians(25)
     turn = torch.zeros(len(m), 3, 3, device=image.device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = torch.cos(angle)
     turn[:, 2, 1] = torch.sin(angle)
     turn[:, 1, 2] = -turn[:, 2, 1]
-    return torch.einsum("bij,bjhw->bihw", torch.linalg.inv(to_yiq) @ turn @ to_yiq, image).clamp(0, 1)
+    return torch.einsum("bij,bjhw->bihw", to_rgb @ turn @ to_yiq, image).clamp(0, 1)
 
 
 def autocontrast(image, m):
@@ -114,11 +118,11 @@ def colour_jitter(generator, image, strength):
 def rand_augment(generator, image, *, ops: int, magnitude: float):
     """Per example `ops` operations in turn; examples that drew the same one go through it together."""
     for _ in range(ops):
-        which = torch.randint(len(COLOUR_OPS), (len(image),), generator=generator).tolist()
+        which = torch.randint(len(COLOUR_OPS), (len(image),), generator=generator)
         sign = torch.randint(2, (len(image), 1, 1, 1), generator=generator) * 2.0 - 1
         m, image = (sign * magnitude / 10).to(image.device, non_blocking=True), image.clone()
-        for op in set(which) - {0}:
-            rows = [i for i, drawn in enumerate(which) if drawn == op]
+        for op in set(which.tolist()) - {0}:
+            rows = (which == op).nonzero()[:, 0].to(image.device, non_blocking=True)  # a list would wait
             image[rows] = COLOUR_OPS[op](image[rows], m[rows])
     return image
 

@@ -132,9 +132,9 @@ class Group:
 
     @property
     def bench(self) -> tuple:
-        """What two groups share that are compared: data, part, preset, size, share of labels."""
-        c = self.config
-        return c["dataset"], c["test"], c["split"], c["preset"], c["size"], c.get("fold", -1), c["frac"]
+        """What two groups share that are compared: data, part, images measured, preset, size and, last, share of labels."""
+        c, images = self.config, self.runs[0].evaluation.get("images", 0)
+        return c["dataset"], c["test"], c["split"], images, c["preset"], c["size"], c.get("fold", -1), c["frac"]
 
     def values(self, name: str, on: str = "") -> dict[tuple[int, int], float]:
         """A figure of the evaluation by pair; on: of that other data set. Runs without it are left out."""
