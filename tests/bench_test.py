@@ -196,6 +196,16 @@ def test_paired_ratio():
     assert ratio == 3 and 1 <= low < 3 < high <= 9
 
 
+def test_a_process_that_ended_says_so_at_every_call():
+    """The first call after its end finds the pipe closed, as do all others: none may raise anything else."""
+    with remote.Remote("collections:Counter", "abca") as counter:
+        counter.process.kill()
+        counter.process.join()
+        for _ in range(3):
+            with pytest.raises(remote.RemoteError, match="ended with status -9"):
+                counter("total")
+
+
 def test_fits(tmp_path):
     """Times made from a known law give it back."""
     table = bench.Table(str(tmp_path / "rows.json"))
