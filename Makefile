@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-all mutants kills bench lint requirements clean
+.PHONY: install run test test-all test-slow mutants kills bench lint requirements clean
 
 # The environment alone.
 install: $(INSTALLED)
@@ -12,7 +12,7 @@ install: $(INSTALLED)
 run: $(INSTALLED)
 	$(PY) -m mira_u_jax.main --config=configs/synthetic.py$(ARGS) --workdir=$(or $(WORKDIR),runs/quickstart)
 
-# The fast tests, and all of them; a few files at a time, as compiling keeps one core busy.
+# The fast tests, all of them, and the slow ones alone; a few files at a time, as compiling keeps one core busy.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: $(INSTALLED)
@@ -20,6 +20,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PY) $(PYTEST) -m "slow or not slow"
+
+test-slow: $(INSTALLED)
+	$(PY) $(PYTEST) -m slow $(ARGS)
 
 # Deliberate faults, each of which a test must catch.
 mutants: $(INSTALLED)

@@ -24,8 +24,7 @@ PEAKS = {
 SETTING = {"preset": "full", "size": 256, "batch": 16, "passes": 8, "set": []}
 TOY = {"preset": "smoke", "size": 32, "batch": 2, "passes": 2, "set": [
     "student.widths=(8, 8, 8)", "student.stages=('conv', 'conv', 'swin')", "student.skips=('gate', 'cross')",
-    "augment.strong_ops=1",
-    "mesh.cpu_devices=1",
+    "augment.strong_ops=1", "mesh.cpu_devices=1",
 ]}
 SATURATED = 1.05  # images/s after doubling the batch must grow by this, or doubling ends
 
@@ -152,8 +151,8 @@ class Script:
             "bytes_per_s": count * product["float32"]["bytes_per_s"],
             "uncounted": " without those of cuDNN and cuBLAS" if device["platform"] == "gpu" else "",
         }
-        if count_of := found["flops_before_optimisation"]:
-            self.flops = count_of / setting["batch"]
+        if counted := found["flops_before_optimisation"]:
+            self.flops = counted / setting["batch"]
         else:
             self.row("operations", lambda: self.count(setting))
         rates = {name: measured["flops_per_s"] for name, measured in product.items()}
@@ -228,7 +227,8 @@ class Script:
         rate = 2 * setting["batch"] * count / seconds
         self.table.add(
             f"replicates, R = {count}", f"{seconds:.4f} s, {rate:.1f} images/s in sum",
-            "whole train states in one program, by vmap of the step over states and keys",
+            f"whole train states, {setting['batch']} + {setting['batch']} images each, in one program, "
+            "by vmap of the step over states and keys",
             seconds=seconds, images_per_s=rate,
         )
 

@@ -72,12 +72,12 @@ def temperature(image, m):
     return (image * (1 + m * constant((0.15, 0.0, -0.15), image.device).view(1, 3, 1, 1))).clamp(0, 1)
 
 
-YIQ = torch.tensor(((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)))
-RGB = torch.linalg.inv(YIQ)  # on the host: on a GPU it would wait
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(YIQ)).tolist()))  # inverted here: a GPU would be waited for
 
 
 def hue(image, m):
-    to_yiq, to_rgb = (constant(tuple(map(tuple, matrix.tolist())), image.device) for matrix in (YIQ, RGB))
+    to_yiq, to_rgb = constant(YIQ, image.device), constant(RGB, image.device)
     angle = m.flatten() * math.radians(25)
     turn = torch.zeros(len(m), 3, 3, device=image.device)
     turn[:, 0, 0] = 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mira_u_jax import runs
+from mira_u_jax import report, runs
 from mira_u_jax.errors import UserError
 
 
@@ -61,6 +61,24 @@ def test_folders_are_named_where_they_add_to_a_data_set(results):
     assert sorted(title for title, *_ in titles(runs.grouped(runs.load([results.folder])))) == [
         "mira_u", "mira_u", "mira_u extra=True",
     ]
+
+
+def test_runs_measured_on_more_images_are_another_group(results):
+    """The complete test set beside a part of it: no mean is over both, none is held against the other, nor fills its gap."""
+    for i in range(2):
+        end = f"method=supervised,preset=cpu,label_seed={3 + i},seed={3 + i}"
+        few, every = results(f"frac=0.1,{end}", 0.85), results(f"frac=1,{end}", 0.9)
+        results(f"frac=0.1,preset=cpu,label_seed={3 + i},seed={3 + i}", 0.88)
+    for path in (few, every):
+        found = json.loads(path.read_text())
+        found["evaluation"]["images"] += 1
+        path.write_text(json.dumps(found))
+    groups = runs.grouped(runs.load([results.folder]))
+    assert [(method, frac, len(pairs)) for method, frac, pairs in titles(groups)] == [
+        ("mira_u", 0.1, 2), ("supervised", 0.1, 1), ("supervised", 1, 1), ("supervised", 0.1, 1), ("supervised", 1, 1)
+    ]
+    (row,) = report.gaps(groups)[3]
+    assert row[2:4] == ["mira_u", "1"]
 
 
 def test_a_key_that_is_gone_parts_a_group_where_it_was_set(results):
