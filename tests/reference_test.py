@@ -87,7 +87,7 @@ def ingredients(networks, state, data, config, meaning, t):
     image = lambda which: jnp.float32(data["image"])[INDEX[which]] / 255  # noqa: E731
     mask = lambda which: jnp.float32(data["mask"])[INDEX[which]] / 255  # noqa: E731
     x, y = augment.labelled_view(named(key, "labelled"), image("labelled"), mask("labelled"), config.augment)
-    x_w, strong, _ = augment.weak_strong_views(
+    x_w, strong, affine, _ = augment.weak_strong_views(
         named(key, "unlabelled"), image("unlabelled"), mask("unlabelled"), config.augment
     )
     made = {"y": y, "x_w": x_w, "p_w": jax.nn.sigmoid(networks["student"](state.params["student"], x_w))}
