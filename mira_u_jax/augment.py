@@ -217,7 +217,7 @@ def labelled_view(key, image, mask, cfg):
 
 
 def weak_strong_views(key, image, mask, cfg):
-    """Views of each unlabelled image: a weak one, which lies as the photograph does, and strong ones, which share a geometry.
+    """Views of each unlabelled image: a weak one, which lies as the photograph does, and strong ones of one geometry.
 
     image (b, h, w, 3); mask (b, h, w) is carried along for reporting only. Returns
       weak: (b, h, w, 3), flipped at random and its colours changed a little. What is predicted on it loses nothing to
