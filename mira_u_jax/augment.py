@@ -55,6 +55,12 @@ def warp(image, affine):
     return jnp.clip(sum(down[i] * line(i) for i in range(4)), 0.0, 1.0)
 
 
+def warp_both(image, mask, affine):
+    """An image (h, w, 3) and its mask (h, w), moved together."""
+    both = warp(jnp.concatenate([image, mask[..., None]], -1), affine)
+    return both[..., :3], both[..., 3]
+
+
 def cubic(t, a: float = -0.75):
     """Weights (h, w, 1) of the neighbours at -1, 0, 1, 2 of a place t in [0, 1): Keys (1981), a as in OpenCV and PyTorch."""
     near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1  # noqa: E731
@@ -209,9 +215,8 @@ def labelled_view(key, image, mask, cfg):
 
     def one(k, image, mask):
         image, mask = flipped(named(k, "flip"), image, mask, cfg.geometry)
-        affine = random_affine(named(k, "geometry"), cfg.geometry)
-        moved = warp(jnp.concatenate([image, mask[..., None]], -1), affine)
-        return colour_jitter(named(k, "colour"), moved[..., :3], cfg.labelled_colour), moved[..., 3]
+        image, mask = warp_both(image, mask, random_affine(named(k, "geometry"), cfg.geometry))
+        return colour_jitter(named(k, "colour"), image, cfg.labelled_colour), mask
 
     return jax.vmap(one)(per_example(key, image.shape[0]), image, mask)
 
@@ -220,8 +225,8 @@ def weak_strong_views(key, image, mask, cfg):
     """Views of each unlabelled image: a weak one, which lies as the photograph does, and strong ones of one geometry.
 
     image (b, h, w, 3); mask (b, h, w) is carried along for reporting only. Returns
-      weak: (b, h, w, 3), flipped at random and its colours changed a little. What is predicted on it loses nothing to
-        resampling; `moved` takes it to where the strong views are.
+      weak: (b, h, w, 3), flipped at random, its colours changed a little. What is predicted on it loses nothing to
+        resampling; `moved` takes it to where the strong views are. Not cfg.upright: it lies as they do.
       strong: cfg.strong_views pairs (image (b, h, w, 3), notcut (b, h, w)), notcut 0 where CutOut erased the image. Pixel i
         is the same skin in all of them.
       affine: (b, 2, 3), of `moved`.
@@ -236,6 +241,9 @@ def weak_strong_views(key, image, mask, cfg):
     def one(k, image, mask):
         image, mask = flipped(named(k, "flip"), image, mask, cfg.geometry)
         affine = random_affine(named(k, "geometry"), cfg.geometry)
+        if not cfg.upright:
+            image, mask = warp_both(image, mask, affine)
+            affine = jnp.eye(2, 3)
         weak, image = colour_jitter(named(k, "weak"), image, cfg.weak_colour), warp(image, affine)
         return weak, [strong_view(named(k, f"strong/{i}"), image) for i in range(cfg.strong_views)], affine, mask
 

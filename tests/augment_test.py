@@ -287,7 +287,8 @@ def test_cutmix_probability_and_key(arrays):
 
 def settings(geometry, **colour):
     default = dict(
-        labelled_colour=0.5, weak_colour=0.2, strong_views=1, strong_ops=2, strong_magnitude=9.0, cutout=0.15
+        labelled_colour=0.5, weak_colour=0.2, strong_views=1, strong_ops=2, strong_magnitude=9.0, cutout=0.15,
+        upright=True,
     )
     return FrozenConfigDict(default | colour | {"geometry": geometry})
 
@@ -332,6 +333,17 @@ def test_what_is_moved_fits_the_strong_view(blobs):
         close(found["a"][i], warping.warp(np.asarray(mask[i], np.float64), affine[i]), 3e-4)
     assert (notcut == 1).all()
     assert np.abs(np.asarray(strong[..., 0]) - mask).max((1, 2)).min() > 0.1
+
+
+def test_not_upright_all_views_share_one_geometry(blobs):
+    weak, strong, _, affine, mask = weak_strong_views(
+        jax.random.key(3), *blobs, settings(MOVING, **PLAIN, upright=False)
+    )
+    close(weak, strong)
+    close(weak[..., 0], mask)
+    close(augment.moved(mask, affine), mask)
+    there = weak_strong_views(jax.random.key(3), *blobs, settings(MOVING, **PLAIN))[1]
+    close(strong, there)  # the strong view is the same picture either way
 
 
 def test_notcut_is_zero_exactly_where_the_strong_view_is_grey(blobs):

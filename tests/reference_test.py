@@ -69,6 +69,7 @@ MEANING = {
     "teacher=vit": MIRA_U | dict(hears=(4, 0), tau_u=0.05),  # a fresh ViT's passes differ by little
     "ablate=no_uncertainty": MIRA_U | dict(weight=False, keep="none"),
     "ablate=paper_label": MIRA_U | dict(label="paper"),
+    "ablate=one_geometry": MIRA_U,
     "method=mean_teacher": ONE_PASS,
     "method=ua_mt": ONE_PASS | dict(hears=(0, 4), dropout=True, keep="entropy", squared=True, beta=0.1),
     "method=fixmatch": FIXMATCH,
