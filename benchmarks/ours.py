@@ -274,12 +274,13 @@ def views(key, data, index, config) -> dict:
     """The views of train_step with its own keys, before CutMix, and its boxes: what Peer.losses takes, channels last."""
     image, mask = ({name: data[what][rows] / np.float32(255) for name, rows in index.items()} for what in ("image", "mask"))
     x, y = augment.labelled_view(named(key, "labelled"), image["labelled"], mask["labelled"], config.augment)
-    x_w, [(x_s, notcut)], _ = augment.weak_strong_views(
+    x_w, [(x_s, notcut)], affine, _ = augment.weak_strong_views(
         named(key, "unlabelled"), image["unlabelled"], mask["unlabelled"], config.augment
     )
     own = jnp.broadcast_to(jnp.arange(len(notcut))[:, None, None], notcut.shape)
     box = augment.cutmix(named(key, "cutmix/0"), config.augment.cutmix, own) != own
-    return dict(x=x, y=y, x_w=x_w, x_s=x_s, notcut=notcut, box=box)
+    affine = affine[:, ::-1][:, :, jnp.array([1, 0, 2])]  # the peer has x before y
+    return dict(x=x, y=y, x_w=x_w, x_s=x_s, notcut=notcut, affine=affine, box=box)
 
 
 def cost_of(stage) -> dict:

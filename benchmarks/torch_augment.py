@@ -17,23 +17,28 @@ def uniform(generator, shape, low, high):
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def random_affine(generator, b: int, *, flip: bool, rotate: float, scale: float, shift: float):
-    """Inverse maps (b, 2, 3), x before y as affine_grid wants: flip, rotation, zoom in [1/(1+scale), 1+scale], shift."""
-    mirror = torch.where((torch.rand(b, generator=generator) < 0.5) & flip, -1.0, 1.0)
-    angle = uniform(generator, b, -math.radians(rotate), math.radians(rotate))
-    zoom = torch.exp(uniform(generator, b, -1.0, 1.0) * math.log1p(scale))
+def flipped(generator, image, mask, cfg):
+    """Image and mask turned upside down and mirrored, each with probability 1/2."""
+    for axis in (-2, -1):
+        flip = ((torch.rand(len(image), generator=generator) < 0.5) & cfg.flip).to(image.device, non_blocking=True)
+        image = torch.where(flip[:, None, None, None], image.flip(axis), image)
+        mask = torch.where(flip[:, None, None], mask.flip(axis), mask)
+    return image, mask
+
+
+def random_affine(generator, b: int, cfg):
+    """Inverse maps (b, 2, 3), x before y as affine_grid wants: rotation, zoom in [1/(1+scale), 1+scale], shift."""
+    angle = uniform(generator, b, -math.radians(cfg.rotate), math.radians(cfg.rotate))
+    zoom = torch.exp(uniform(generator, b, -1.0, 1.0) * math.log1p(cfg.scale))
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    linear = torch.stack([torch.stack([cos, mirror * sin], 1), torch.stack([-sin, mirror * cos], 1)], 1)
-    return torch.cat([linear, uniform(generator, (b, 2, 1), -2 * shift, 2 * shift)], 2)
+    linear = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
+    return torch.cat([linear, uniform(generator, (b, 2, 1), -2 * cfg.shift, 2 * cfg.shift)], 2)
 
 
-def geometric(generator, image, mask, cfg):
-    """Image and mask moved together, mirrored outside the frame."""
-    both = torch.cat([image, mask[:, None]], 1)
-    affine = random_affine(generator, len(image), **cfg).to(image.device, non_blocking=True)
-    grid = F.affine_grid(affine, list(both.shape), align_corners=False)
-    moved = F.grid_sample(both, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return moved[:, :3], moved[:, 3]
+def warp(image, affine):
+    """Cubic resampling of (b, c, h, w) by inverse maps (b, 2, 3), mirrored outside the frame."""
+    grid = F.affine_grid(affine, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------
@@ -158,17 +163,20 @@ def cutmix(box, x):
 
 def labelled_view(generator, image, mask, cfg):
     """Augmented labelled batch: image (b, 3, h, w), mask (b, h, w)."""
-    image, mask = geometric(generator, image, mask, cfg.geometry)
-    return colour_jitter(generator, image, cfg.labelled_colour), mask
+    image, mask = flipped(generator, image, mask, cfg.geometry)
+    affine = random_affine(generator, len(image), cfg.geometry).to(image.device, non_blocking=True)
+    moved = warp(torch.cat([image, mask[:, None]], 1), affine)
+    return colour_jitter(generator, moved[:, :3], cfg.labelled_colour), moved[:, 3]
 
 
 def weak_strong_views(generator, image, mask, cfg):
-    """Weak view, strong view, notcut (0 where CutOut erased the strong view), mask; one geometry."""
-    image, mask = geometric(generator, image, mask, cfg.geometry)
-    strong = rand_augment(generator, image, ops=cfg.strong_ops, magnitude=cfg.strong_magnitude)
+    """Weak view, strong view, notcut (0 where CutOut erased the strong view), the map from weak to strong, mask."""
+    image, mask = flipped(generator, image, mask, cfg.geometry)
+    affine = random_affine(generator, len(image), cfg.geometry).to(image.device, non_blocking=True)
+    strong = rand_augment(generator, warp(image, affine), ops=cfg.strong_ops, magnitude=cfg.strong_magnitude)
     notcut = torch.ones_like(mask)
     if cfg.cutout:
         b, _, h, w = image.shape
         cut = random_boxes(generator, b, h, w, 0.02, max(cfg.cutout, 0.02), image.device)
         strong, notcut = strong.masked_fill(cut[:, None], 0.5), 1 - cut.float()
-    return colour_jitter(generator, image, cfg.weak_colour), strong, notcut, mask
+    return colour_jitter(generator, image, cfg.weak_colour), strong, notcut, affine, mask

@@ -106,18 +106,19 @@ class Peer:
             return data["image"][rows].float().div_(255), data["mask"][rows].float().div_(255)
 
         x, y = augment.labelled_view(self.generator, *batch("labelled"), cfg)
-        x_w, x_s, notcut, _ = augment.weak_strong_views(self.generator, *batch("unlabelled"), cfg)
+        x_w, x_s, notcut, affine, _ = augment.weak_strong_views(self.generator, *batch("unlabelled"), cfg)
         box = augment.cutmix_boxes(self.generator, *notcut.shape, cfg.cutmix, self.device)
-        return dict(x=x, y=y, x_w=x_w, x_s=x_s, notcut=notcut, box=box)
+        return dict(x=x, y=y, x_w=x_w, x_s=x_s, notcut=notcut, affine=affine, box=box)
 
-    def losses(self, x, y, x_w, x_s, notcut, box) -> dict:
+    def losses(self, x, y, x_w, x_s, notcut, affine, box) -> dict:
         """Eqs. (7), (8), (3) and their sum (9), scalars; "loss" carries the gradient.
 
         x, y: labelled view; x_w, x_s, notcut: weak and strong view and where CutOut spared it, before CutMix, whose boxes
-        are `box` (b, h, w) bool.
+        are `box` (b, h, w) bool; affine: from the weak view to the strong one.
         """
         cfg, beta = self.config.loss, self.beta(self.at)
-        mu, a, p_w = self.pseudo_label(last(x_w))
+        mu, w, keep, p_w = augment.warp(torch.stack(self.pseudo_label(last(x_w)), 1), affine).unbind(1)
+        a = w * keep
         mu, a, p_w, x_s, notcut = (augment.cutmix(box, part) for part in (mu, a, p_w, x_s, notcut))
         a, x = a * notcut, last(torch.cat([x, x_s]))
         found, total = {}, 0.0
@@ -136,15 +137,15 @@ class Peer:
 
     @torch.no_grad()
     def pseudo_label(self, x_w):
-        """mu, w * keep and the student's own prediction on weak views, Eqs. (4), (5); (b, h, w) each."""
+        """mu, w, keep and the student's own prediction on weak views, Eqs. (4), (5); (b, h, w) each."""
         m = self.config.teacher.passes
         p = torch.cat([self.teacher_passes("vit", x_w, m - m // 2), self.teacher_passes("student", x_w, m // 2)])
         mu, sigma = p.mean(0), p.std(0)
-        a = torch.exp(-sigma / self.config.pseudo.kappa) * (sigma < self.config.pseudo.tau_u)
+        w, keep = torch.exp(-sigma / self.config.pseudo.kappa), (sigma < self.config.pseudo.tau_u).float()
         self.theta["student"].eval()
         p_w = torch.sigmoid(self.logits("student", "theta", x_w))
         self.theta["student"].train()
-        return mu, a, p_w
+        return mu, w, keep, p_w
 
     def teacher_passes(self, name: str, image, m: int):
         """m stochastic probabilities of phi's network, (m, b, h, w); dropout differs along the batch, so one call does."""

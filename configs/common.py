@@ -87,6 +87,7 @@ def tree() -> ml_collections.ConfigDict:
     )
     c.augment = dict(
         geometry=dict(flip=True, rotate=180.0, scale=0.25, shift=0.1),
+        upright=True,  # the teacher sees an image before it is turned, and its answer is turned; False: it sees it turned
         labelled_colour=0.5, weak_colour=0.2, strong_views=1, strong_ops=2, strong_magnitude=9.0,
         cutout=0.15, cutmix=0.5,
     )
@@ -178,6 +179,7 @@ ABLATIONS: dict[str, dict] = {
     "no_entropy": {"loss.gamma": 0.0},
     # other readings of the text
     "hard_label": {"pseudo.label": "hard"},
+    "one_geometry": {"augment.upright": False},  # weak and strong views alike turned, zoomed and shifted
     "paper_label": {"pseudo.label": "paper"},  # w mu, Algorithm 2 line 8
     "grey_mim": {"mim.grey": True},  # the "discarding of chromatic components" that section 3.1.1 decides against
     # The sum of Algorithm 1, L_MIM + L_cons + L_ent in one loop: no labels, one pass of the ViT, phi once an epoch. It

@@ -12,7 +12,8 @@ FEW = PAIRS[:3]
 OURS = ["method=mira_u", "method=supervised"]
 BASELINES = [f"method={name}" for name in ("mean_teacher", "ua_mt", "fixmatch", "unimatch", "cross_teaching", "udamt")]
 TABLE_5 = [f"ablate={name}" for name in ("no_uncertainty", "no_mim", "cnn_only", "no_entropy")]
-READINGS = [f"ablate={name}" for name in ("hard_label", "paper_label", "grey_mim", "alg1")]  # of the paper's text
+# other readings of the paper's text
+READINGS = [f"ablate={name}" for name in ("hard_label", "paper_label", "one_geometry", "grey_mim", "alg1")]
 RIVALS = ["method=mean_teacher", "teacher=ema"]
 TEACHERS = ["teacher=vit", "teacher=ema"]
 

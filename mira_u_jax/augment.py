@@ -19,32 +19,54 @@ GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601 luma, as Pillow'
 # --- geometry -------------------------------------------------------------------------------------------------------
 
 
-def random_affine(key, *, flip: bool, rotate: float, scale: float, shift: float):
-    """Inverse map (2, 3) of random flips, rotation in +-`rotate` degrees, zoom in [1/(1+scale), 1+scale] and shift.
+def flipped(key, image, mask, cfg):
+    """Image and mask turned upside down and mirrored, each with probability 1/2, where cfg.flip says so."""
+    upside_down, mirror = jax.random.bernoulli(key, shape=(2,)) & cfg.flip
+    for axis, flip in enumerate((upside_down, mirror)):
+        image, mask = (jnp.where(flip, jnp.flip(x, axis), x) for x in (image, mask))
+    return image, mask
 
-    It sends output to input coordinates, both in [-1, 1] across the image; `shift` is a share of the side.
+
+def random_affine(key, cfg):
+    """Inverse map (2, 3) of a rotation in +-cfg.rotate degrees, zoom in [1/(1+cfg.scale), 1+cfg.scale] and shift.
+
+    It sends output to input coordinates, both in [-1, 1] across the image; cfg.shift is a share of the side.
     """
-    keys = jax.random.split(key, 4)
-    mirror = jnp.where(jax.random.bernoulli(keys[0], shape=(2,)) & flip, -1.0, 1.0)  # up and down, left and right
-    angle = jnp.deg2rad(jax.random.uniform(keys[1], minval=-rotate, maxval=rotate))
-    zoom = jnp.exp(jax.random.uniform(keys[2], minval=-1.0, maxval=1.0) * jnp.log1p(scale))
+    keys = jax.random.split(key, 3)
+    angle = jnp.deg2rad(jax.random.uniform(keys[0], minval=-cfg.rotate, maxval=cfg.rotate))
+    zoom = jnp.exp(jax.random.uniform(keys[1], minval=-1.0, maxval=1.0) * jnp.log1p(cfg.scale))
     cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
-    linear = jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])]) * mirror[None]
-    return jnp.concatenate([linear, jax.random.uniform(keys[3], (2, 1), minval=-2 * shift, maxval=2 * shift)], 1)
+    linear = jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])])
+    return jnp.concatenate([linear, jax.random.uniform(keys[2], (2, 1), minval=-2 * cfg.shift, maxval=2 * cfg.shift)], 1)
 
 
 def warp(image, affine):
-    """Bilinear resampling of (h, w, c) by an inverse map (2, 3); outside the frame the image is mirrored."""
+    """Cubic resampling of (h, w, c) in [0, 1] by an inverse map (2, 3); outside the frame the image is mirrored.
+
+    Cubic as nnU-Net resamples images, for bilinear weights blur what is learned from and not what is measured on.
+    """
     h, w, _ = image.shape
     y, x = jnp.meshgrid((jnp.arange(h) + 0.5) * 2 / h - 1, (jnp.arange(w) + 0.5) * 2 / w - 1, indexing="ij")
     v, u = (a[0] * y + a[1] * x + a[2] for a in affine)  # no product: an accelerator would round its factors
     row, col = (v + 1) * h / 2 - 0.5, (u + 1) * w / 2 - 0.5
     top, left = jnp.floor(row), jnp.floor(col)
-    dy, dx = (row - top)[..., None], (col - left)[..., None]
-    at = lambda i, j: image[mirrored(i, h), mirrored(j, w)]  # noqa: E731
-    upper = at(top, left) * (1 - dx) + at(top, left + 1) * dx
-    lower = at(top + 1, left) * (1 - dx) + at(top + 1, left + 1) * dx
-    return upper * (1 - dy) + lower * dy
+    down, right = cubic(row - top), cubic(col - left)
+    line = lambda i: sum(right[j] * image[mirrored(top + i - 1, h), mirrored(left + j - 1, w)] for j in range(4))  # noqa: E731
+    return jnp.clip(sum(down[i] * line(i) for i in range(4)), 0.0, 1.0)
+
+
+def warp_both(image, mask, affine):
+    """An image (h, w, 3) and its mask (h, w), moved together."""
+    both = warp(jnp.concatenate([image, mask[..., None]], -1), affine)
+    return both[..., :3], both[..., 3]
+
+
+def cubic(t, a: float = -0.75):
+    """Weights (h, w, 1) of the neighbours at -1, 0, 1, 2 of a place t in [0, 1): Keys (1981), a as in OpenCV and PyTorch."""
+    near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1  # noqa: E731
+    far = lambda d: ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # noqa: E731
+    t = t[..., None]
+    return far(1 + t), near(t), near(1 - t), far(2 - t)
 
 
 def mirrored(index, size: int):
@@ -188,27 +210,27 @@ def cutmix(key, probability: float, tree):
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def geometric(key, image, mask, cfg):
-    """The shared geometric transform of one example; returns image and mask, moved together."""
-    moved = warp(jnp.concatenate([image, mask[..., None]], -1), random_affine(key, **cfg))
-    return moved[..., :3], moved[..., 3]
-
-
 def labelled_view(key, image, mask, cfg):
     """Augmented labelled batch: (b, h, w, 3), (b, h, w) in [0, 1] -> the same shapes. Same for every method."""
 
     def one(k, image, mask):
-        image, mask = geometric(named(k, "geometry"), image, mask, cfg.geometry)
+        image, mask = flipped(named(k, "flip"), image, mask, cfg.geometry)
+        image, mask = warp_both(image, mask, random_affine(named(k, "geometry"), cfg.geometry))
         return colour_jitter(named(k, "colour"), image, cfg.labelled_colour), mask
 
     return jax.vmap(one)(per_example(key, image.shape[0]), image, mask)
 
 
 def weak_strong_views(key, image, mask, cfg):
-    """Views of each unlabelled image that share ONE geometric transform: pixel i is the same skin in all of them.
+    """Views of each unlabelled image: a weak one, which lies as the photograph does, and strong ones of one geometry.
 
-    image (b, h, w, 3); mask (b, h, w) is carried along for reporting only. Returns the weak view (b, h, w, 3), a list of
-    cfg.strong_views pairs (strong view (b, h, w, 3), notcut (b, h, w)), notcut 0 where CutOut erased it, and the moved mask.
+    image (b, h, w, 3); mask (b, h, w) is carried along for reporting only. Returns
+      weak: (b, h, w, 3), flipped at random, its colours changed a little. What is predicted on it loses nothing to
+        resampling; `moved` takes it to where the strong views are. Not cfg.upright: it lies as they do.
+      strong: cfg.strong_views pairs (image (b, h, w, 3), notcut (b, h, w)), notcut 0 where CutOut erased the image. Pixel i
+        is the same skin in all of them.
+      affine: (b, 2, 3), of `moved`.
+      mask: (b, h, w), as the weak view lies.
     """
 
     def strong_view(k, image):
@@ -217,8 +239,18 @@ def weak_strong_views(key, image, mask, cfg):
         return jnp.where(cut[..., None] > 0, 0.5, strong), 1 - cut
 
     def one(k, image, mask):
-        image, mask = geometric(named(k, "geometry"), image, mask, cfg.geometry)
-        weak = colour_jitter(named(k, "weak"), image, cfg.weak_colour)
-        return weak, [strong_view(named(k, f"strong/{i}"), image) for i in range(cfg.strong_views)], mask
+        image, mask = flipped(named(k, "flip"), image, mask, cfg.geometry)
+        affine = random_affine(named(k, "geometry"), cfg.geometry)
+        if not cfg.upright:
+            image, mask = warp_both(image, mask, affine)
+            affine = jnp.eye(2, 3)
+        weak, image = colour_jitter(named(k, "weak"), image, cfg.weak_colour), warp(image, affine)
+        return weak, [strong_view(named(k, f"strong/{i}"), image) for i in range(cfg.strong_views)], affine, mask
 
     return jax.vmap(one)(per_example(key, image.shape[0]), image, mask)
+
+
+def moved(maps, affine):
+    """What belongs to the pixels of a weak view, a tree of (b, h, w) in [0, 1], warped to where its strong views are."""
+    one = jax.vmap(lambda x, affine: warp(x[..., None], affine)[..., 0])
+    return jax.tree.map(lambda x: one(x, affine), maps)

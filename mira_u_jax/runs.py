@@ -113,7 +113,8 @@ class Group:
         meant, unheard = configuration.flat(meant), {*SAME, *NAMED}
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
-        known = {configuration.RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
+        own = {configuration.RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
+        known = configuration.LATER | own
         for leaves in (meant, known):  # of a folder a result says only that it was given
             leaves |= {k: bool(v) for k, v in leaves.items() if k.removeprefix("files.") in configuration.FOLDERS}
         differing = {k: v for k, v in known.items() if (v != meant[k] if k in meant else v)}
@@ -196,7 +197,7 @@ def read(path: pathlib.Path) -> Run | None:
 def grouped(runs) -> list[Group]:
     """Runs of one configuration together; a pair that was run twice counts with its first result.
 
-    A key that an older run does not know counts as its default, which changes nothing.
+    A key that an older run does not know counts as what it did then (configuration.LATER) or, else, as its default.
     """
     found = {}
     for run in runs:

@@ -217,9 +217,9 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
     metrics = {"beta": beta}
 
     if semi:
-        # 1. Weak and strong views, one geometry. The masks of these images are for the report in `metrics` only.
+        # 1. Weak and strong views. The masks of these images are for the report in `metrics` only.
         batch = rows(data, index, "unlabelled")
-        x_w, strong, truth = augment.weak_strong_views(
+        x_w, strong, affine, truth = augment.weak_strong_views(
             named(key, "unlabelled"), to_float(batch["image"]), to_float(batch["mask"]), config.augment
         )
         # 2., 3. The teacher's M passes on the weak view: mu, sigma, w, keep for each learner.
@@ -230,9 +230,10 @@ def train_step(state: TrainState, data, index, key, *, networks, tx, config, ste
         truth = truth if outlined(config) else None
         metrics |= pseudo.report(labels["student"], p_w, truth, filtered=config.pseudo.filter != "none")
         weak = View(x_w, jnp.ones_like(p_w), p_w, labels)
-        # 4. CutMix moves everything that belongs to a pixel; each strong view has boxes of its own.
+        # 4. What belongs to a pixel goes with it to the strong views, and with CutMix, which has other boxes for each.
+        p_s, labels_s = augment.moved((p_w, labels), affine)
         mixed = [
-            augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, View(image, notcut, p_w, labels))
+            augment.cutmix(named(key, f"cutmix/{i}"), config.augment.cutmix, View(image, notcut, p_s, labels_s))
             for i, (image, notcut) in enumerate(strong)
         ]
         strong = jax.tree.map(interleaved, *mixed)

@@ -13,6 +13,7 @@ import pytest
 
 from mira_u_jax import augment, pseudo, steps
 from mira_u_jax.rng import named
+from tests import warping
 
 KEY, STEPS, EPOCH = jax.random.key(0), 30, 3
 INDEX = {"labelled": np.array([0, 1, 2, 3], np.int32), "unlabelled": np.array([2, 5, 8, 11], np.int32)}
@@ -68,6 +69,7 @@ MEANING = {
     "teacher=vit": MIRA_U | dict(hears=(4, 0), tau_u=0.05),  # a fresh ViT's passes differ by little
     "ablate=no_uncertainty": MIRA_U | dict(weight=False, keep="none"),
     "ablate=paper_label": MIRA_U | dict(label="paper"),
+    "ablate=one_geometry": MIRA_U,
     "method=mean_teacher": ONE_PASS,
     "method=ua_mt": ONE_PASS | dict(hears=(0, 4), dropout=True, keep="entropy", squared=True, beta=0.1),
     "method=fixmatch": FIXMATCH,
@@ -87,7 +89,7 @@ def ingredients(networks, state, data, config, meaning, t):
     image = lambda which: jnp.float32(data["image"])[INDEX[which]] / 255  # noqa: E731
     mask = lambda which: jnp.float32(data["mask"])[INDEX[which]] / 255  # noqa: E731
     x, y = augment.labelled_view(named(key, "labelled"), image("labelled"), mask("labelled"), config.augment)
-    x_w, strong, _ = augment.weak_strong_views(
+    x_w, strong, affine, _ = augment.weak_strong_views(
         named(key, "unlabelled"), image("unlabelled"), mask("unlabelled"), config.augment
     )
     made = {"y": y, "x_w": x_w, "p_w": jax.nn.sigmoid(networks["student"](state.params["student"], x_w))}
@@ -104,7 +106,7 @@ def ingredients(networks, state, data, config, meaning, t):
     pixel = jnp.arange(y.size, dtype=jnp.int32).reshape(y.shape)
     boxes = [augment.cutmix(named(key, f"cutmix/{i}"), 1.0, pixel) for i in range(len(strong))]  # which pixel comes here
     mixed = [x_s.reshape(-1, 3)[box] for (x_s, _), box in zip(strong, boxes, strict=True)]
-    made |= {"boxes": boxes, "notcut": [notcut for _, notcut in strong]}
+    made |= {"boxes": boxes, "affine": affine, "notcut": [notcut for _, notcut in strong]}
     made["x"] = jnp.stack([x, *mixed], 1).reshape(-1, *x.shape[1:])  # a labelled image, then the views of its place
     for name in [name for name in networks if not name.endswith("_mim")]:
         made[f"z_{name}"] = networks[name].outputs(state.params[name], made["x"], key=named(key, name))
@@ -130,6 +132,10 @@ def pseudo_label(p, share, meaning, kappa):
     return {"mu": mu, "hard": 1.0 * (mu > 0.5), "paper": w * mu}[meaning["label"]], w, 1.0 * keep
 
 
+def warped(value, affine):
+    return np.stack([warping.warp(v, a) for v, a in zip(value, affine, strict=True)])
+
+
 def reference(made, config, meaning, t):
     """{part of the loss: value} of step t, Eq. (9) in "loss"."""
     made = jax.tree.map(lambda v: np.asarray(v, np.float64) if v.dtype == np.float32 else np.asarray(v), made)
@@ -141,8 +147,9 @@ def reference(made, config, meaning, t):
         p = {name: heard("vit", "student") for name in learners}
     labels = {name: pseudo_label(p[name], t / STEPS, meaning, config.pseudo.kappa) for name in learners}
 
-    def moved(value):  # by the box of each view
-        return np.concatenate([value.reshape(-1)[box] for box in made["boxes"]])
+    def moved(value):  # to where the strong views are, and by the box of each
+        there = warped(value, made["affine"])
+        return np.concatenate([there.reshape(-1)[box] for box in made["boxes"]])
 
     notcut = np.concatenate([v.reshape(-1)[box] for v, box in zip(made["notcut"], made["boxes"], strict=True)])
     begun, ramp = t / STEPS - config.loss.wait, config.loss.ramp
@@ -229,7 +236,8 @@ def test_gradients_are_those_of_constant_labels(tiny_config, tiny_data, networks
     found, made = jax.device_get(both(state))
     label = pseudo_label(np.concatenate([made["passes_vit"], made["passes_student"]]), t / STEPS, meaning, 0.1)
     box = made["boxes"][0]
-    target, w, keep, p_w, notcut = (v.reshape(-1)[box] for v in (*label, made["p_w"], made["notcut"][0]))
+    there = [warped(v, made["affine"]) for v in (*label, made["p_w"])]
+    target, w, keep, p_w, notcut = (v.reshape(-1)[box] for v in (*there, made["notcut"][0]))
     a, y, beta = w * keep * notcut, made["y"], np.exp(-5 * (1 - t / STEPS / config.loss.ramp) ** 2)
 
     def slope(z, lambda_c, gamma):  # dL/dz of Eq. (9)
