@@ -328,7 +328,7 @@ def save(config, workdir, facts: dict, data: dict | None = None):
         if differ:
             k = differ[0]
             raise UserError(
-                f"{workdir} holds a run with {k}={old.get(k)!r}, this one has {k}={new.get(k)!r}"
+                f"{workdir} holds a run with {k}={old.get(k, LATER.get(k))!r}, this one has {k}={new.get(k, LATER.get(k))!r}"
                 f" ({len(differ)} keys differ): use another --workdir or remove that folder"
             )
         kept = json.loads(path.read_text())
