@@ -179,6 +179,15 @@ class Ours:
         index = self.index()
         return lambda: jax.block_until_ready(made(self.key, self.resident, index))
 
+    def moved(self):
+        """What the losses read of a pseudo-label, taken to where the strong views are."""
+        view, b = self.inputs()[2], self.config.train.batch
+        label = view.labels["student"]
+        draw = functools.partial(augment.random_affine, cfg=self.config.augment.geometry)
+        affine = jax.device_put(jax.vmap(draw)(jax.random.split(self.key, b)), sharding.batched(self.mesh))
+        made = jax.jit(augment.moved)
+        return lambda: jax.block_until_ready(made((view.p_w, label.target, label.w, label.keep), affine))
+
     def teacher(self, passes: int | None = None, name: str | None = None):
         """The M passes and the labels from them; or `passes` of one network."""
         image = self.inputs()[2].image
@@ -259,6 +268,7 @@ class Ours:
 PARTS = {
     "input": lambda ours: ours.index,
     "augmentation": Ours.augmentation,
+    "labels moved": Ours.moved,
     "teacher passes": Ours.teacher,
     "weak prediction": Ours.weak,
     "student forward": functools.partial(Ours.forward, name="student"),
