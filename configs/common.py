@@ -94,6 +94,7 @@ def tree() -> ml_collections.ConfigDict:
     c.evaluation = dict(  # of every method alike
         passes=8,  # dropout passes behind its sigma and its calibrated p
         flips=False,  # masks from the mean over the four flips of an image
+        largest=False,  # a mask is its largest connected part: a photograph shows one lesion
     )
     return c
 

@@ -21,7 +21,7 @@ TRANSPORT = (
 # Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
 LATER = {
     "train.precision": "float32", "teacher.chunk": 0, "evaluation.passes": 8, "evaluation.flips": False, "files.extra": "",
-    "augment.upright": False,
+    "augment.upright": False, "evaluation.largest": False,
 }
 RENAMED = {"student.heads": "student.outputs"}  # keys of older runs
 
@@ -115,6 +115,7 @@ RULES = {
     "augment.upright": ("True or False", lambda v: isinstance(v, bool)),
     "evaluation.passes": ("an integer >= 2", lambda v: is_int(v) and v >= 2),
     "evaluation.flips": ("True or False", lambda v: isinstance(v, bool)),
+    "evaluation.largest": ("True or False", lambda v: isinstance(v, bool)),
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),

@@ -3,7 +3,8 @@
     python -m mira_u_jax.evaluate --workdir=DIR --dataset=isic2016|ph2|synthetic|FOLDER [--data_dir=DIR] [--json=FILE]
 
 FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation or _mask. --flips averages the
-logits over the four flips of an image, whatever the run's configuration says.
+logits over the four flips of an image, --largest keeps the largest connected part of each mask, whatever the run's
+configuration says.
 """
 
 import csv
@@ -18,7 +19,7 @@ from scipy.special import expit, logit
 from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, whole, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
-from mira_u_jax.trained import Predictor, at_size
+from mira_u_jax.trained import Predictor, at_size, mask_of
 from tfds_builders import common
 from tfds_builders.common import DataError
 
@@ -32,14 +33,14 @@ def to_logits(p: np.ndarray) -> np.ndarray:
 
 def evaluate(
     workdir, name: str, *, data_dir: str = "", split: str = "", network: str = "student", flips: bool | None = None,
-    images_csv=None, refit: bool = False,
+    largest: bool | None = None, images_csv=None, refit: bool = False,
 ) -> dict:
     """The evaluation object of a run on a data set (its keys: docs/results.md), and its picture in DIR/figures.
 
-    split: "" is the run's own; network, flips: as Predictor; images_csv: file for the figures of each image; refit: fit the
-    temperature even if DIR/temperature.json has one. Raises UserError, DataError.
+    split: "" is the run's own; network, flips, largest: as Predictor; images_csv: file for the figures of each image; refit:
+    fit the temperature even if DIR/temperature.json has one. Raises UserError, DataError.
     """
-    predictor = Predictor(workdir, network, flips)
+    predictor = Predictor(workdir, network, flips, largest)
     settings, own = predictor.settings, data.DATASETS.get(name, name) == predictor.settings.dataset
     if own and split == "dev" and settings.split != "dev":
         raise UserError("--split=dev: this run has trained on those images; measure runs with split=dev there")
@@ -48,7 +49,7 @@ def evaluate(
     examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir)
     rows, tables, inverted = [], [], 0
     for example, found in predictor(examples):
-        row, table = measure(found, example.mask)
+        row, table = measure(found, example.mask, largest=predictor.largest)
         rows.append({"id": example.id} | row)
         tables.append(table)
         inverted += common.looks_inverted(example.mask)
@@ -59,7 +60,7 @@ def evaluate(
     if images_csv:
         write_rows(images_csv, rows)
     label = data.DATASETS.get(name, name)
-    kept = f"{data.short_name(name)}_{split}_{predictor.name}"
+    kept = f"{data.short_name(name)}_{split}_{predictor.name}{'+largest' if predictor.largest else ''}"
     dice = np.array([row["dice"] for row in rows])
     some, lowest = best_middle_worst(dice), np.argsort(dice, kind="stable")[: worst.KEPT].tolist()
     seen = look_again(predictor, examples, {*some, *lowest})
@@ -67,11 +68,14 @@ def evaluate(
     keep_worst(pathlib.Path(workdir) / "cases" / kept, [seen[i] for i in lowest], lowest, rows)
     fitted = temperature(workdir, predictor, data_dir, at_hand=own, refit=refit)
     found = summary(rows, tables, fitted.get("temperature"))
-    about = {"dataset": label, "split": split, "network": network, "flips": predictor.flips, "passes": predictor.passes}
+    about = {"dataset": label, "split": split, "network": network}
+    about |= {"flips": predictor.flips, "largest": predictor.largest, "passes": predictor.passes}
     return about | found | {"labelled": fitted}
 
 
-def measure(found: dict[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def measure(
+    found: dict[str, np.ndarray], truth: np.ndarray, *, largest: bool = False
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool.
 
     The mean p is brought to the mask's size as its logits are, as the mask itself.
@@ -79,7 +83,7 @@ def measure(found: dict[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, 
     logits, mean, sigma = (
         at_size(values, truth.shape) for values in (found["logits"], to_logits(found["mean"]), found["sigma"])
     )
-    predicted = logits > 0
+    predicted = mask_of(logits, largest=largest)
     wrong, band = predicted != truth, boundary.band(predicted)
     counts = metrics.confusion(predicted, truth)
     row = {name: float(value) for name, value in metrics.scores(counts).items()}
@@ -262,7 +266,7 @@ def main():
     f = flags.FLAGS
     result = evaluate(
         f.workdir, f.dataset, data_dir=f.data_dir or "", split=f.split or "", network=f.network, flips=f.flips,
-        images_csv=f.images_csv,
+        largest=f.largest, images_csv=f.images_csv,
     )
     print(table(result))
     if f.json:
@@ -276,6 +280,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("split", None, ["test", "dev"], "Default: the run's own split on its own data set, else test.")
     flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
     flags.DEFINE_bool("flips", None, "Average over the four flips of an image; default as in the run.")
+    flags.DEFINE_bool("largest", None, "A mask is its largest connected part; default as in the run.")
     flags.DEFINE_string("json", None, "File for the figures.")
     flags.DEFINE_string("images_csv", None, "File for the figures of each image.")
     command.run(main, required=("workdir", "dataset"))

@@ -73,7 +73,8 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
         "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout passes; "
         f"`float32 (n, {s}, {s})`",
-        "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0",
+        "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0"
+        + (", of that the largest connected part" if settings.evaluation.largest else ""),
         "trained on": seen(settings, run.get("data", {})),
         "commit": run.get("commit") or "unknown", "versions": versions,
     }

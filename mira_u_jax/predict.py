@@ -30,7 +30,7 @@ from scipy.special import expit
 
 from mira_u_jax import command, inputs, selective, trained, whole
 from mira_u_jax.errors import UserError
-from mira_u_jax.trained import at_size, batched
+from mira_u_jax.trained import at_size, batched, mask_of
 from tfds_builders import common
 from tfds_builders.common import DataError
 
@@ -54,15 +54,16 @@ class Item:
 
 def predict(
     workdir, files: dict[str, common.File], output, *, network: str = "student", passes: int = 0, batch: int = 0,
-    threads: int = 4, probability: bool = False,
+    threads: int = 4, probability: bool = False, largest: bool | None = None,
 ) -> dict[str, str]:
     """Write what FOLDER gets for `files` {id: file}; returns {id: why} of those that could not be read.
 
     passes: of dropout, behind sigma; 0 as the run is evaluated; batch: images at once, 0 by their size; probability: write
-    its maps too. Reads and writes on `threads` threads beside the device, a few batches ahead at most, so that memory does
-    not grow with the number of files. One compilation. Raises UserError; OSError where the output cannot be written.
+    its maps too; largest: as trained.Predictor. Reads and writes on `threads` threads beside the device, a few batches
+    ahead at most, so that memory does not grow with the number of files. One compilation. Raises UserError; OSError where
+    the output cannot be written.
     """
-    predictor = trained.Predictor(workdir, network)
+    predictor = trained.Predictor(workdir, network, largest=largest)
     output = pathlib.Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
@@ -88,7 +89,8 @@ def predict(
         table.writerow(COLUMNS)
         read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), threads)
         looked = (item for group in batched(good(read), batch) for item in with_maps(step, group, batch))
-        for row in ahead(pool, functools.partial(write_item, output=output, probability=probability), looked, threads):
+        write = functools.partial(write_item, output=output, probability=probability, largest=predictor.largest)
+        for row in ahead(pool, write, looked, threads):
             table.writerow(row)
             f.flush()
             progress.add()
@@ -131,11 +133,11 @@ def with_maps(step, items, batch: int):
     return items
 
 
-def write_item(item: Item, *, output: pathlib.Path, probability: bool = False) -> tuple:
+def write_item(item: Item, *, output: pathlib.Path, probability: bool = False, largest: bool = False) -> tuple:
     """Write the pictures of an item and return its row of predictions.csv."""
     started, shape = time.perf_counter(), item.pixels.shape
     logits = at_size(item.maps["logits"], shape)
-    mask = logits > 0
+    mask = mask_of(logits, largest=largest)
     sigma = at_size(item.maps["sigma"], shape)
     save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)
     save(output / f"{item.id}_sigma.png", (sigma * 510).clip(0, 255).round().astype(np.uint8))
@@ -205,7 +207,7 @@ def main():
     started = time.perf_counter()
     failed = predict(
         f.workdir, files, f.output, passes=f.passes, batch=f.batch, threads=f.threads, network=f.network,
-        probability=f.probability,
+        probability=f.probability, largest=f.largest,
     )
     done, seconds = len(files) - len(failed), time.perf_counter() - started
     print(f"{done} masks in {f.output}, {seconds:.1f} s, compilation included", flush=True)
@@ -223,5 +225,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 0, "Images at once; 0: by their size.")
     flags.DEFINE_integer("threads", 4, "Threads that read and write.")
     flags.DEFINE_bool("probability", False, "Write <id>_probability.png too: of lesion, value / 255.")
+    flags.DEFINE_bool("largest", None, "Keep the largest connected part of each mask; default as the run is evaluated.")
     flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
     command.run(main, required=("workdir", "input", "output"), rest="input")

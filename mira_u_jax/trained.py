@@ -68,12 +68,14 @@ def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax
 class Predictor:
     """The averaged network of a run, compiled once: predictor(examples) yields (example, maps).
 
-    network: student, or vit to look at the teacher; flips: None is as the run's configuration says. Raises UserError.
+    network: student, or vit to look at the teacher; flips, largest: None is as the run's configuration says. Raises
+    UserError.
     """
 
-    def __init__(self, workdir, network: str = "student", flips: bool | None = None):
+    def __init__(self, workdir, network: str = "student", flips: bool | None = None, largest: bool | None = None):
         self.settings, self.network, self.params = load(workdir, network, flips)
         self.passes, self.flips = self.settings.evaluation.passes, isinstance(self.network, Mirrored)
+        self.largest = self.settings.evaluation.largest if largest is None else largest
         self.name = network + ("+flips" if self.flips else "")
         self.batch = batch_of(self.settings.size)
         self.step = jax.jit(functools.partial(look, network=self.network, passes=self.passes))
@@ -84,6 +86,15 @@ class Predictor:
             found = jax.device_get(self.step(self.params, padded([e.image for e in group], self.batch)))
             for i, example in enumerate(group):
                 yield example, {name: values[i] for name, values in found.items()}
+
+
+def mask_of(logits: np.ndarray, *, largest: bool) -> np.ndarray:
+    """Where logits (h, w) > 0, bool; largest: of that the largest part whose pixels touch, corners included."""
+    mask = logits > 0
+    if not largest or not mask.any():
+        return mask
+    _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    return parts == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])  # part 0 is the skin
 
 
 def check_passes(passes: int):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from ml_collections import FrozenConfigDict
 from PIL import Image
 from scipy.special import expit, logit
@@ -77,7 +78,8 @@ def test_the_object(measured):
     found, rows, compiled = measured
     assert set(found) >= PROMISED and compiled == 1
     assert found["images"] == len(rows) == 7 and [row["id"] for row in rows] == [str(i) for i in range(7)]
-    assert found["passes"] == 2 and found["network"] == "student" and not found["flips"]
+    assert found["passes"] == 2 and found["network"] == "student"
+    assert not found["flips"] and not found["largest"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for name, (low, high) in found["ci95"].items():
         assert low <= found[name] <= high or name.startswith("ece"), name  # resampled sums of |.| lie above their own
@@ -153,6 +155,7 @@ def test_flips_average_the_logits_of_the_four_views(tiny_data):
 def test_flips_are_the_runs_unless_said(run):
     assert [trained.Predictor(run, flips=flips).flips for flips in (None, True)] == [False, True]
     assert trained.Predictor(run, flips=True).name == "student+flips"
+    assert [trained.Predictor(run, largest=largest).largest for largest in (None, True)] == [False, True]
 
 
 @dataclasses.dataclass
@@ -193,6 +196,33 @@ def test_an_image_is_measured_at_the_masks_resolution(known):
     assert row["sigma"] == pytest.approx(sigma.mean()) and row["sigma_band"] == pytest.approx(sigma[band].mean())
     np.testing.assert_allclose(tables["all"], calibration.histogram(mean, known.truth), rtol=1e-6)
     np.testing.assert_allclose(tables["band"], calibration.histogram(mean, known.truth, band), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_part_is_scipys(seed):
+    """Speckles of all sizes; parts that touch at a corner are one."""
+    logits = np.random.default_rng(seed).normal(-1.3, 1, (40, 30)).astype(np.float32)
+    logits = np.maximum(logits, np.roll(logits, (1, 1), (0, 1)))
+    parts, count = scipy.ndimage.label(logits > 0, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel())[1:]
+    assert count > 3 and (sizes == sizes.max()).sum() == 1
+    np.testing.assert_array_equal(trained.mask_of(logits, largest=True), parts == 1 + sizes.argmax())
+    np.testing.assert_array_equal(trained.mask_of(logits, largest=False), logits > 0)
+
+
+def test_no_lesion_has_no_largest_part_and_one_lesion_is_it(known):
+    assert not trained.mask_of(np.full((5, 6), -1.0), largest=True).any()
+    np.testing.assert_array_equal(trained.mask_of(known.found["logits"], largest=True), known.found["logits"] > 0)
+
+
+def test_the_largest_part_is_what_is_measured(known):
+    """A speckle in a corner changes the figures, and with largest=True it does not."""
+    row, _ = evaluate.measure(known.found, known.truth)
+    known.found["logits"][:2, :2] = 3.0
+    spoilt, _ = evaluate.measure(known.found, known.truth)
+    mended, _ = evaluate.measure(known.found, known.truth, largest=True)
+    assert spoilt["fp"] > row["fp"] == mended["fp"] and spoilt["hd95"] > row["hd95"]
+    assert mended["dice"] == row["dice"] > spoilt["dice"]
 
 
 def test_an_empty_prediction_is_measured_too(known):

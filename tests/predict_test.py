@@ -138,7 +138,9 @@ def darkness(monkeypatch, tiny_config):
 
     fake = types.SimpleNamespace(settings=tiny_config(), params=None, network=None, batch=2, passes=2)
     monkeypatch.setattr(trained, "look", look)
-    monkeypatch.setattr(trained, "Predictor", lambda workdir, network: fake)
+    monkeypatch.setattr(
+        trained, "Predictor", lambda workdir, network, largest: types.SimpleNamespace(**vars(fake), largest=bool(largest))
+    )
     return traced
 
 
@@ -187,6 +189,20 @@ def test_probabilities_are_written_when_asked_for(tmp_path, darkness):
     np.testing.assert_array_equal(found >= 128, mask > 0)
     logit = 20 * (0.5 - np.mean([60, 40, 30]) / 255)  # of the dark side
     assert found.shape == (48, 64) and found[24, 60] == round(255 / (1 + np.exp(-logit))) and found[24, 4] < 10
+
+
+def test_the_largest_part_is_kept_when_asked_for(tmp_path, darkness):
+    path = draw(tmp_path / "in.png", (64, 64), (8, 8, 40, 40))
+    image = Image.open(path)
+    image.paste((60, 40, 30), (54, 54, 62, 62))
+    image.save(path)
+    for name, options in (("all", {}), ("one", {"largest": True})):
+        run([path], tmp_path / name, **options)
+    both, one = (np.asarray(Image.open(tmp_path / name / "in_mask.png")) for name in ("all", "one"))
+    assert both[58, 58] == 255 and one[58, 58] == 0
+    np.testing.assert_array_equal(both[:48, :48], one[:48, :48])
+    shares = [float(next(csv.DictReader((tmp_path / n / "predictions.csv").open()))["area_share"]) for n in ("all", "one")]
+    assert shares[0] > shares[1] == pytest.approx((one > 0).mean(), abs=1e-5)
 
 
 def test_a_bad_file_is_left_out_and_named(tmp_path, darkness):
