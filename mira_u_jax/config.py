@@ -57,7 +57,7 @@ RULES = {
     "pseudo.tau_p": ("a number in [0.5, 1)", lambda v: is_number(v) and 0.5 <= v < 1),
     "pseudo.weight": ("confidence or none", lambda v: v in ("confidence", "none")),
     "pseudo.filter": ("none, or sigma, probability, entropy joined by +", lambda v: v == "none" or is_sum(v, FILTERS)),
-    "pseudo.label": ("mu, hard or paper", lambda v: v in ("mu", "hard", "paper")),
+    "pseudo.label": ("mu, hard, paper or student", lambda v: v in ("mu", "hard", "paper", "student")),
     "loss.norm": ("weights or pixels", lambda v: v in ("weights", "pixels")),
     "loss.beta": ("a number >= 0", lambda v: is_number(v) and v >= 0),
     "loss.gamma": ("a number >= 0", lambda v: is_number(v) and v >= 0),
@@ -196,6 +196,8 @@ def check(config) -> ml_collections.FrozenConfigDict:
         raise UserError("config key student: stages must be as many as widths, skips one less")
     if semi and config.teacher.source == "both" and (config.teacher.passes < 2 or not config.teacher.dropout):
         raise UserError("config key teacher.source=both: it shares the passes, so it needs teacher.passes >= 2 and dropout")
+    if semi and config.pseudo.label == "student" and config.teacher.source not in ("both", "ema"):
+        raise UserError("config key pseudo.label=student: it needs passes of the student, teacher.source=both or ema")
     if semi and config.teacher.passes > 1 and not config.teacher.dropout:
         raise UserError("config key teacher.passes: without teacher.dropout all passes are equal, so it must be 1")
     if config.mim.joint_weight and not semi:

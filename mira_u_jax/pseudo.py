@@ -65,12 +65,15 @@ def pseudo_labels(state, image, key, *, networks, config, share) -> dict[str, Ps
     @functools.cache  # two learners that hear the same passes share them
     def label(source: tuple[tuple[str, int], ...]) -> PseudoLabel:
         if cfg.dropout:
-            p = [teacher_passes(networks[n], weights[n], image, named(key, n), m, cfg.chunk) for n, m in source]
+            p = {n: teacher_passes(networks[n], weights[n], image, named(key, n), m, cfg.chunk) for n, m in source}
         else:
-            p = [jax.nn.sigmoid(networks[n].outputs(weights[n], image)) for n, _ in source]
-        mu, sigma = equations.mean_and_deviation(jnp.concatenate(p))
+            p = {n: jax.nn.sigmoid(networks[n].outputs(weights[n], image)) for n, _ in source}
+        mu, sigma = equations.mean_and_deviation(jnp.concatenate(list(p.values())))
         w = equations.confidence(sigma, config.pseudo.kappa) if config.pseudo.weight == "confidence" else jnp.ones_like(mu)
-        target = {"mu": mu, "hard": equations.f32(mu > 0.5), "paper": w * mu}[config.pseudo.label]
+        target = {
+            "mu": lambda: mu, "hard": lambda: equations.f32(mu > 0.5), "paper": lambda: w * mu,
+            "student": lambda: p["student"].mean(0),  # its own passes say what, all passes how surely
+        }[config.pseudo.label]()
         return jax.lax.stop_gradient(PseudoLabel(mu, sigma, w, keep(mu, sigma, config.pseudo, share), target))
 
     learners = [name for name in LEARNERS if name in networks]
