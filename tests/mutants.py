@@ -217,7 +217,7 @@ MUTANTS = [Mutant(*fields) for fields in (
      "[fit(histograms) if len(others)", "tests/calibration_test.py -k fitted"),
     ("the surest pixels leave first", "calibration.py", "np.unique(-uncertainty", "np.unique(uncertainty",
      "tests/calibration_test.py -k most_uncertain"),
-    ("masks of the mean of the passes", "evaluate.py", "predicted = logits > 0", "predicted = mean > 0",
+    ("masks of the mean of the passes", "evaluate.py", "predicted = mask_of(logits,", "predicted = mask_of(mean,",
      "tests/evaluate_test.py -k masks_resolution"),
     ("the smallest part instead of the largest", "trained.py", "np.argmax(stats[1:", "np.argmin(stats[1:",
      "tests/evaluate_test.py -k largest_part"),
