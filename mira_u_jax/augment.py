@@ -55,12 +55,6 @@ def warp(image, affine):
     return jnp.clip(sum(down[i] * line(i) for i in range(4)), 0.0, 1.0)
 
 
-def warp_both(image, mask, affine):
-    """An image (h, w, 3) and its mask (h, w), moved together."""
-    both = warp(jnp.concatenate([image, mask[..., None]], -1), affine)
-    return both[..., :3], both[..., 3]
-
-
 def cubic(t, a: float = -0.75):
     """Weights (h, w, 1) of the neighbours at -1, 0, 1, 2 of a place t in [0, 1): Keys (1981), a as in OpenCV and PyTorch."""
     near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1  # noqa: E731
@@ -73,6 +67,12 @@ def mirrored(index, size: int):
     """Reflect an index into [0, size) as in "dcba|abcd|dcba"."""
     index = jnp.mod(index.astype(jnp.int32), 2 * size)
     return jnp.where(index < size, index, 2 * size - 1 - index)
+
+
+def warp_both(image, mask, affine):
+    """An image (h, w, 3) and its mask (h, w), moved together."""
+    both = warp(jnp.concatenate([image, mask[..., None]], -1), affine)
+    return both[..., :3], both[..., 3]
 
 
 # --- colour: op(image, m) with m in [-1, 1], 0 the identity wherever an operation has a sign -----------------------------
@@ -241,7 +241,7 @@ def weak_strong_views(key, image, mask, cfg):
     def one(k, image, mask):
         image, mask = flipped(named(k, "flip"), image, mask, cfg.geometry)
         affine = random_affine(named(k, "geometry"), cfg.geometry)
-        if not cfg.upright:
+        if not cfg.upright:  # the weak view is turned at once, and nothing is left to be moved
             image, mask = warp_both(image, mask, affine)
             affine = jnp.eye(2, 3)
         weak, image = colour_jitter(named(k, "weak"), image, cfg.weak_colour), warp(image, affine)

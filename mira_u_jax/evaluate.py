@@ -64,7 +64,7 @@ def evaluate(
     dice = np.array([row["dice"] for row in rows])
     some, lowest = best_middle_worst(dice), np.argsort(dice, kind="stable")[: worst.KEPT].tolist()
     seen = look_again(predictor, examples, {*some, *lowest})
-    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", [seen[i] for i in some], dice[some])
+    cases(pathlib.Path(workdir) / "figures" / f"{kept}.png", [seen[i] for i in some], dice[some], predictor.largest)
     keep_worst(pathlib.Path(workdir) / "cases" / kept, [seen[i] for i in lowest], lowest, rows)
     fitted = temperature(workdir, predictor, data_dir, at_hand=own, refit=refit)
     found = summary(rows, tables, fitted.get("temperature"))
@@ -184,12 +184,12 @@ def look_again(predictor: Predictor, examples, picked) -> dict[int, tuple]:
     }
 
 
-def cases(path, seen, dice):
-    """Draw a few images beneath each other; seen: what `look_again` found of each, dice: theirs."""
+def cases(path, seen, dice, largest: bool = False):
+    """Draw a few images beneath each other; seen: what `look_again` found of each, dice: theirs, largest: as measured."""
     ids, images, truths, logits, sigma = zip(*seen, strict=True)
     columns = {
         "image": np.stack(images) / 255, "truth": np.stack(truths) / 255, "probability": expit(np.stack(logits)),
-        "sigma": np.stack(sigma), "prediction": np.stack(logits) > 0,
+        "sigma": np.stack(sigma), "prediction": np.stack([mask_of(z, largest=largest) for z in logits]),
     }
     figures.panel(path, columns, [f"{name}\nDice {value:.3f}" for name, value in zip(ids, dice, strict=True)])
 

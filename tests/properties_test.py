@@ -52,13 +52,15 @@ def test_colour_stays_a_picture(seed, image):
 
 @given(seeds, images, masks)
 def test_geometry_invents_no_value(seed, image, mask):
-    """Cubic weights sum to 1 and, clipped, give a picture; where there is one value there is no other."""
+    """Cubic weights sum to 1 and, clipped, give a picture. The moduli of the four sum to 11 / 8 at most, in two directions
+    to 1.89, so a value leaves the range of the mirrored image by .446 of it at most; where there is one value, by nothing.
+    """
     for moved, before in zip(compiled("labelled_view")(seed, image[None], mask[None]), (image, mask), strict=True):
         moved = moved[0]
         assert moved.shape == before.shape
         assert moved.min() >= 0 and moved.max() <= 1
-        if before.min() == before.max():
-            assert np.abs(moved - before.min()).max() < 1e-5
+        beyond = ((11 / 8) ** 2 - 1) / 2 * (before.max() - before.min()) + 1e-5
+        assert moved.min() >= before.min() - beyond and moved.max() <= before.max() + beyond
 
 
 @given(seeds)
