@@ -5,7 +5,8 @@
 Tables are lists in configs/tables.py. A cell trains in RUNS/<cell>; at its end RESULTS/<table>/<cell>.json is written, and
 <cell>.csv with the figures of each image. A cell that any table has finished is done for all. Several of these commands may
 run at once on one RUNS folder: a cell is taken under a lock, which ends with the process that trains it, however that
-ends. --list shows what is done, running and open, and starts nothing.
+ends. --also=ph2,isic2016+flips+largest measures every run on PH2 too, and once more on ISIC-2016 with masks as
+`evaluate --flips --largest` makes them. --list shows what is done, running and open, and starts nothing.
 """
 
 import fcntl
@@ -56,11 +57,13 @@ class Grid:
         """The result of a cell, in whichever table."""
         return next(iter(sorted(self.results.glob(f"*/{name}.json"))), None)
 
-    def lacks(self, name: str, also: str) -> bool:
-        """Whether a finished cell was not measured on `also`, and its run is here to be measured."""
+    def lacks(self, name: str, also=()) -> list[str]:
+        """Of `also` those on which a finished cell was not measured, if its run is here to be measured."""
         done = self.finished(name)
-        here = (self.runs / name / "result.json").exists()
-        return bool(done and also and here and also not in json.loads(done.read_text()).get("also", {}))
+        if not done or not (self.runs / name / "result.json").exists():
+            return []
+        known = json.loads(done.read_text()).get("also", {})
+        return [what for what in also if what not in known]
 
     def lock(self, name: str):
         """An open file that holds the cell until it is closed here and in every process started with it; None if taken."""
@@ -84,35 +87,38 @@ class Grid:
         lock.close()
         return "begun" if (self.runs / name).exists() else "open"
 
-    def run(self, name: str, *, data_dir: str = "", also: str = "") -> int | None:
+    def run(self, name: str, *, data_dir: str = "", also=()) -> int | None:
         """Train and measure one cell, or go on with it. Its exit status; None if it is finished or another has it."""
         lock = self.lock(name)
         if lock is None:
             return None
         with lock:
             done = self.finished(name)
-            if done and not self.lacks(name, also):  # since this command began
+            if done and not (also := self.lacks(name, also)):  # since this command began
                 return None
             workdir, where = self.runs / name, [f"--config.data_dir={data_dir}"] if data_dir else []
             arg = f"{self.cells[name]},preset={self.preset},split={self.split}"
             status = 0 if done else start("main", f"--config={arg}", f"--workdir={workdir}", *where, lock=lock)
-            if status == 0 and also:
-                where = [f"--data_dir={data_dir}"] if data_dir else []
-                found = workdir / f"evaluation_{also}.json"
-                status = start("evaluate", f"--workdir={workdir}", f"--dataset={also}", f"--json={found}", *where, lock=lock)
+            where = [f"--data_dir={data_dir}"] if data_dir else []
+            for what in also:
+                if status == 0:
+                    dataset, *masks = (f"--{part}" for part in f"dataset={what}".split("+"))
+                    found = f"--json={workdir / f'evaluation_{what}.json'}"
+                    status = start("evaluate", f"--workdir={workdir}", dataset, found, *masks, *where, lock=lock)
             if status == 0:
                 self.keep(name, also)
             return status
 
-    def keep(self, name: str, also: str = ""):
-        """What is kept of a finished run: its result with, under "also", what it reaches on another data set."""
+    def keep(self, name: str, also=()):
+        """What is kept of a finished run: its result with, under "also", each further evaluation by its name."""
         done = self.finished(name)
         workdir, folder = self.runs / name, done.parent if done else self.results / self.table
         folder.mkdir(parents=True, exist_ok=True)
         result = json.loads((workdir / "result.json").read_text())
-        if also:
-            before = json.loads(done.read_text()).get("also", {}) if done else {}
-            result["also"] = before | {also: json.loads((workdir / f"evaluation_{also}.json").read_text())}
+        before = json.loads(done.read_text()).get("also", {}) if done else {}
+        further = {what: json.loads((workdir / f"evaluation_{what}.json").read_text()) for what in also}
+        if before | further:
+            result["also"] = before | further
         shutil.copy(workdir / "evaluation_images.csv", folder / f"{name}.csv")
         whole.write(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
@@ -128,6 +134,14 @@ def start(module: str, *args: str, lock) -> int:
         return process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)  # between cells it ends this process
+
+
+def check_also(also: list[str]):
+    """UserError for an evaluation that is not DATASET[+flips][+largest]."""
+    for what in also:
+        dataset, *masks = what.split("+")
+        if not dataset or not set(masks) <= {"flips", "largest"}:
+            raise UserError(f"--also={what}: write DATASET, DATASET+flips, DATASET+largest or DATASET+flips+largest")
 
 
 def chosen(names: list[str], index: int | None, shard: str | None) -> list[str]:
@@ -146,6 +160,7 @@ def chosen(names: list[str], index: int | None, shard: str | None) -> list[str]:
 
 def main():
     f = flags.FLAGS
+    check_also(f.also)
     grid = Grid(f.table, preset=f.preset, split=f.split, runs=f.runs, results=f.results)
     names = list(grid.cells)
     picked = chosen(names, f.index, f.shard)
@@ -177,7 +192,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("index", None, "Only this cell, as --list numbers them.")
     flags.DEFINE_string("shard", None, "I/N: only every N-th cell from the I-th on.")
     flags.DEFINE_string("data_dir", "", "Where TFDS keeps data sets.")
-    flags.DEFINE_string("also", "", "Another data set on which every run is measured, as ph2.")
+    flags.DEFINE_list("also", [], "Further evaluations of every run: DATASET[+flips][+largest], as ph2 or isic2016+flips.")
     flags.DEFINE_string("runs", "runs/grid", "Folder of the runs.")
     flags.DEFINE_string("results", "results", "Folder of what is kept.")
     flags.DEFINE_bool("list", False, "Show the cells and start nothing.")

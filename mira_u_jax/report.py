@@ -48,9 +48,15 @@ def segmentation(groups) -> Table:
         rows.append([
             heading(g), percent(g), g.title, str(found.count), figure(found.mean), span(found),
             span(g.image_interval()), *(figure(g.mean(name)) for name in ("iou", "precision", "recall", "failure_rate")),
-            f"{g.mean('missed'):.1f}", check(g), *(figure(g.mean("dice", name)) for name in also),
+            f"{g.mean('missed'):.1f}", check(g), *(counted(g, name) for name in also),
         ])
     return "segmentation", "Masks", header, rows
+
+
+def counted(group: runs.Group, on: str) -> str:
+    """The mean Dice of a further evaluation, with the count of pairs where not all have it."""
+    n = len(group.values("dice", on))
+    return figure(group.mean("dice", on)) + (f" ({n})" if 0 < n < len(group.runs) else "")
 
 
 MORE = {  # column -> key of the evaluation
@@ -109,11 +115,12 @@ def gaps(groups) -> Table:
         )
         if g.config["method"] == "supervised" or few is every:
             continue
-        if few and every and (found := runs.gap(g, few, every)):
-            rows.append([
-                heading(g), percent(g), g.title, str(found.count), figure(found.ours), figure(found.all),
-                figure(found.share, 2),
-            ])
+        for on in ("", *g.also) if few and every else ():
+            if found := runs.gap(g, few, every, on):
+                rows.append([
+                    heading(g) + (f", on {on}" if on else ""), percent(g), g.title, str(found.count), figure(found.ours),
+                    figure(found.all), figure(found.share, 2),
+                ])
     return "gaps", "Share of the gap closed", header, rows
 
 

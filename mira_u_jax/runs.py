@@ -148,8 +148,8 @@ class Group:
 
     @property
     def also(self) -> list[str]:
-        """The other data sets on which all of these runs were measured."""
-        return sorted(set.intersection(*(set(run.also) for run in self.runs)))
+        """The further evaluations that any of these runs has: other data sets, or other masks."""
+        return sorted({name for run in self.runs for name in run.also})
 
     def image_interval(self, on: str = "") -> tuple[float, float] | None:
         """Image bootstrap of Dice: of the mean over runs where each image's is kept, else the mean of the runs' bounds."""
@@ -305,9 +305,12 @@ class Gap:
         return self.ours / self.all if self.all > 0 else None
 
 
-def gap(ours: Group, few: Group, every: Group) -> Gap | None:
-    """How much of the gap between `few` labels and `every` label `ours` closes with few; None without a common pair."""
-    a, b, c = (group.values("dice") for group in (ours, few, every))
+def gap(ours: Group, few: Group, every: Group, on: str = "") -> Gap | None:
+    """How much of the gap between `few` labels and `every` label `ours` closes with few; None without a common pair.
+
+    on: as Group.values.
+    """
+    a, b, c = (group.values("dice", on) for group in (ours, few, every))
     both = sorted(a.keys() & b.keys() & c.keys())
     if not both:
         return None

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ def started(tmp_path, monkeypatch):
 
     def start(module, *args, lock):
         calls.append((module, args))
-        given = dict(arg.removeprefix("--").split("=", 1) for arg in args)
+        given = dict(arg.removeprefix("--").split("=", 1) for arg in args if "=" in arg)
         if module == "main" and status[module] == 0:
             workdir = tmp_path / "runs" / given["workdir"].split("/")[-1]
             workdir.mkdir(parents=True)
@@ -88,7 +89,7 @@ def test_a_cell_is_trained_measured_kept_and_not_run_again(make, started, tmp_pa
     one, (calls, _) = make(), started
     name = list(one.cells)[1]
     assert one.state(name) == "open"
-    assert one.run(name, data_dir="there", also="ph2") == 0
+    assert one.run(name, data_dir="there", also=["ph2"]) == 0
     workdir = tmp_path / "runs" / name
     found = workdir / "evaluation_ph2.json"
     assert calls == [
@@ -110,13 +111,31 @@ def test_a_finished_cell_is_measured_on_what_it_lacks(make, started, tmp_path):
     """Without training again; its result stays where it is, whichever table asks."""
     one, two, (calls, _) = make(), make("two"), started
     (name,) = two.cells
-    assert one.run(name) == 0 and not one.lacks(name, "")
-    assert two.lacks(name, "ph2") and two.run(name, also="ph2") == 0
+    assert one.run(name) == 0 and not one.lacks(name, [])
+    assert two.lacks(name, ["ph2"]) == ["ph2"] and two.run(name, also=["ph2"]) == 0
     assert [module for module, _ in calls] == ["main", "evaluate"]
     assert json.loads((tmp_path / "results" / "one" / f"{name}.json").read_text())["also"] == {"ph2": {"dice": 0.8}}
-    assert not (tmp_path / "results" / "two").exists() and not two.lacks(name, "ph2")
+    assert not (tmp_path / "results" / "two").exists() and not two.lacks(name, ["ph2"])
     (tmp_path / "runs" / name / "result.json").unlink()
-    assert not one.lacks(name, "other")  # nothing is left to be measured
+    assert not one.lacks(name, ["other"])  # nothing is left to be measured
+
+
+def test_further_masks_are_named_like_a_data_set(make, started, tmp_path):
+    """ph2 is there already, so only the other evaluation is made, and both are kept."""
+    one, (calls, _) = make(), started
+    name, masks = list(one.cells)[0], "isic2016+flips+largest"
+    assert one.run(name, also=["ph2"]) == 0 and one.run(name, also=["ph2", masks]) == 0
+    workdir = tmp_path / "runs" / name
+    found = f"--json={workdir / f'evaluation_{masks}.json'}"
+    assert calls[2:] == [("evaluate", (f"--workdir={workdir}", "--dataset=isic2016", found, "--flips", "--largest"))]
+    assert set(json.loads((tmp_path / "results" / "one" / f"{name}.json").read_text())["also"]) == {"ph2", masks}
+    assert one.run(name, also=[masks, "ph2"]) is None
+
+
+@pytest.mark.parametrize("also", ["", "isic2016+flip", "+flips", "ph2+largest+"])
+def test_a_wrong_further_evaluation_is_refused_at_once(also):
+    with pytest.raises(UserError, match=re.escape(f"--also={also}: write DATASET")):
+        grid.check_also(["ph2", also])
 
 
 @pytest.mark.parametrize("broken", ["main", "evaluate"])
@@ -124,7 +143,7 @@ def test_a_cell_that_breaks_is_not_done(make, started, broken):
     one, (_, status) = make(), started
     status[broken] = 1
     name = list(one.cells)[0]
-    assert one.run(name, also="ph2") == 1
+    assert one.run(name, also=["ph2"]) == 1
     assert one.state(name) in ("open", "begun") and not one.finished(name)
 
 

@@ -53,10 +53,22 @@ def test_differences_on_another_data_set_stand_beside(results, tmp_path):
         end = f"frac=0.1,preset=cpu,label_seed={3 + i},seed={3 + i}"
         results(f"method=supervised,{end}", 0.85, also={"ph2": 0.80, "mine": 0.7})
         results(end, 0.88, also={"ph2": 0.86})
+    results("method=supervised,frac=1,preset=cpu,label_seed=3,seed=3", 0.91, also={"ph2": 0.84})
     report.write(runs.load([results.folder]), tmp_path / "out")
     here, there = read(tmp_path / "out", "differences")
     assert (here["data"], here["Dice"]) == ("isic2016, cpu 64 px", ".0300")
     assert (there["data"], there["Dice"], there["pairs"]) == ("isic2016, cpu 64 px, on ph2", ".0600", "2")
+    here, there = read(tmp_path / "out", "gaps")
+    assert (here["data"], here["share closed"]) == ("isic2016, cpu 64 px", ".50")
+    assert (there["data"], there["share closed"]) == ("isic2016, cpu 64 px, on ph2", "1.50")
+
+
+def test_a_further_evaluation_that_some_pairs_lack_says_of_how_many_it_is(results, tmp_path):
+    for i, also in enumerate(({"ph2": 0.80}, {"ph2": 0.82}, {})):
+        results(f"frac=0.1,preset=cpu,label_seed={3 + i},seed={3 + i}", 0.88, also=also)
+    report.write(runs.load([results.folder]), tmp_path / "out")
+    (row,) = read(tmp_path / "out", "segmentation")
+    assert (row["pairs"], row["Dice on ph2"]) == ("3", ".8100 (2)")
 
 
 def test_a_run_that_is_measured_on_ph2_stands_in_its_table_alone(results, tmp_path):
