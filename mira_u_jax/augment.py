@@ -252,5 +252,8 @@ def weak_strong_views(key, image, mask, cfg):
 
 def moved(maps, affine):
     """What belongs to the pixels of a weak view, a tree of (b, h, w) in [0, 1], warped to where its strong views are."""
-    one = jax.vmap(lambda x, affine: warp(x[..., None], affine)[..., 0])
-    return jax.tree.map(lambda x: one(x, affine), maps)
+    leaves, tree = jax.tree.flatten(maps)
+    distinct = {id(x): x for x in leaves}  # two learners may share a label, and its target be its mu
+    warped = jax.vmap(warp)(jnp.stack(list(distinct.values()), -1), affine)
+    found = dict(zip(distinct, jnp.unstack(warped, axis=-1), strict=True))
+    return jax.tree.unflatten(tree, [found[id(x)] for x in leaves])

@@ -1,12 +1,28 @@
 """What metrics.jsonl and figures/ hold, for TensorBoard too: tensorboard --logdir=DIR/events. Needs no TensorFlow."""
 
+import contextlib
 import pathlib
+import sys
 import time
 
 from PIL import Image
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+
+
+@contextlib.contextmanager
+def without(module: str):
+    """Imports of a module that is not there yet fail inside: None in sys.modules is Python's word for "not installed"."""
+    absent = sys.modules.setdefault(module, None) is None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
+
+
+with without("torch"):  # tensorboardX imports it for tensors that we have none of: seconds of each start, a quarter of a GB
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
 
 class Events:

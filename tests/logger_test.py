@@ -1,11 +1,14 @@
 """What a run writes down: means over steps, what stops it, what a resume forgets, and the filter that is not one."""
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mira_u_jax import events
 from mira_u_jax.logger import Logger
 
 NAN = float("nan")
@@ -177,3 +180,24 @@ def test_only_the_first_process_writes_and_speaks(tmp_path, monkeypatch, capsys)
     add(logger, {"loss": NAN})
     with pytest.raises(FloatingPointError):  # but each one stops
         logger.flush(2)
+
+
+def test_without_a_module_its_import_fails_and_later_does_not(tmp_path, monkeypatch):
+    (tmp_path / "heavy_thing.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with events.without("heavy_thing"), pytest.raises(ImportError):
+        import heavy_thing  # noqa: F401
+    with events.without("json"):  # is there already
+        import json as again
+    assert again is json
+    import heavy_thing
+
+    assert sys.modules["heavy_thing"] is heavy_thing
+
+
+def test_a_run_does_not_import_pytorch():
+    """tensorboardX would, where it is installed."""
+    pytest.importorskip("torch")
+    code = "import sys, mira_u_jax.main; print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True"]
