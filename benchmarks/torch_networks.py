@@ -20,6 +20,7 @@ from torch import nn
 GROUPS = 8
 gelu = functools.partial(F.gelu, approximate="tanh")  # flax's nnx.gelu is the tanh form too
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+doubled = functools.partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1)
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -215,23 +216,42 @@ class TeacherEncoder(nn.Module):
         return self.norm(tokens)
 
 
+class Details(nn.Module):
+    """The image's own edges, (b, 3, h, w) in [0, 1] -> list of (b, c, h', w') at strides 1, 2, 4, ..., fine to coarse."""
+
+    def __init__(self, widths):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            conv3x3(a, b, stride=2 if i else 1, bias=False)
+            for i, (a, b) in enumerate(zip((3, *widths), widths, strict=False))
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, c) for c in widths)
+
+    def forward(self, image):
+        x, found = 2 * image - 1, []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = gelu(norm(conv(x)))
+            found.append(x)
+        return found
+
+
 class Teacher(nn.Module):
     """ViT segmenter, image (b, 3, h, w) in [0, 1] -> logits (b, h, w)."""
 
-    def __init__(self, *, patch: int, channels: int, head_channels: int, **encoder):
+    def __init__(self, *, patch: int, channels: int, head_widths, **encoder):
         super().__init__()
         self.encoder = TeacherEncoder(patch=patch, channels=channels, **encoder)
-        self.unfold = nn.Linear(channels, patch * patch * head_channels)
-        self.detail, self.norm = conv3x3(3, head_channels), nn.GroupNorm(GROUPS, head_channels)
-        self.block, self.out = ConvBlock(head_channels), nn.Conv2d(head_channels, 1, 1)
-        self.patch = patch
+        self.details, below = Details(head_widths), (*head_widths[1:], channels)
+        self.up = nn.ModuleList(doubled(a, b) for a, b in zip(below, head_widths, strict=True))
+        self.norm = nn.ModuleList(nn.GroupNorm(GROUPS, c) for c in head_widths)
+        self.block = nn.ModuleList(ConvBlock(c) for c in head_widths)
+        self.out, self.patch = nn.Conv2d(head_widths[0], 1, 1), patch
 
     def forward(self, image):
-        (b, _, h, w), p = image.shape, self.patch
-        pixels = self.unfold(self.encoder(image)).view(b, h // p, w // p, p, p, -1)
-        pixels = pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h, w)
-        pixels = gelu(self.norm(pixels + self.detail(2 * image - 1)))
-        return self.out(self.block(pixels)).squeeze(1).float()
+        x = self.encoder(image).transpose(1, 2).unflatten(2, (image.shape[2] // self.patch, -1))
+        for up, norm, block, detail in reversed(list(zip(self.up, self.norm, self.block, self.details(image), strict=True))):
+            x = block(gelu(norm(up(x)) + detail))
+        return self.out(x).squeeze(1).float()
 
 
 class StudentEncoder(nn.Module):
@@ -263,10 +283,7 @@ class Student(nn.Module):
             raise ValueError(f"Student: outputs={outputs} is not built in PyTorch")
         self.encoder = StudentEncoder(widths=widths, window=window, head_width=head_width, dropout=dropout, **encoder)
         self.bottleneck = nn.Dropout(dropout)
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(b, a, 3, stride=2, padding=1, output_padding=1)
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.up = nn.ModuleList(doubled(b, a) for a, b in zip(widths, widths[1:], strict=False))
         self.skip = nn.ModuleList(
             CrossSkip(c, max(c // head_width, 1), window) if kind == "cross" else GateSkip(c)
             for kind, c in zip(skips, widths, strict=False)

@@ -52,7 +52,7 @@ def tree() -> ml_collections.ConfigDict:
         widths=(32, 64, 128, 256, 256), stages=("conv", "conv", "conv", "conv", "swin"),
         skips=("gate", "gate", "cross", "cross"), window=8, head_width=32, mlp_ratio=4, dropout=0.1, outputs=1,
     )
-    c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_channels=16, dropout=0.1)
+    c.vit = dict(patch=8, channels=256, depth=4, heads=4, hidden=512, head_widths=(16, 32, 64), dropout=0.1)
     c.mim = dict(
         steps=either(5_000), batch=32, target="both", ratio=0.75, lr=1e-3, grey=False,
         joint_weight=0.0,  # of L_MIM inside the semi-supervised step
@@ -101,7 +101,7 @@ def tree() -> ml_collections.ConfigDict:
 
 NARROW = {
     "student.widths": (16, 32, 64, 128, 128), "student.mlp_ratio": 2,
-    "vit.channels": 128, "vit.hidden": 256, "vit.heads": 4, "vit.head_channels": 16,
+    "vit.channels": 128, "vit.hidden": 256, "vit.heads": 4,
     "mim.decoder.channels": 64, "mim.decoder.depth": 1, "mim.decoder.heads": 2,
 }
 
@@ -109,9 +109,9 @@ PRESETS: dict[str, dict] = {
     # each stage a few steps: seconds, to see that everything runs
     "smoke": NARROW | {
         "size": 32, "student.widths": (8, 8, 16, 16, 16), "student.head_width": 8, "vit.channels": 32, "vit.depth": 1,
-        "vit.hidden": 64, "vit.patch": 4, "mim.decoder.channels": 32, "mim.steps": 4, "mim.batch": 4, "train.steps": 6,
-        "train.batch": 4, "train.log_every": 2, "train.save_every": 3, "train.figures_every": 3, "teacher.passes": 4,
-        "evaluation.passes": 2,
+        "vit.hidden": 64, "vit.patch": 4, "vit.head_widths": (16, 16), "mim.decoder.channels": 32, "mim.steps": 4,
+        "mim.batch": 4, "train.steps": 6, "train.batch": 4, "train.log_every": 2, "train.save_every": 3,
+        "train.figures_every": 3, "teacher.passes": 4, "evaluation.passes": 2,
     },
     # 64 px on two CPU cores, minutes
     "cpu": NARROW | {

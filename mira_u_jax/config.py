@@ -85,7 +85,7 @@ RULES = {
     "vit.depth": COUNT,
     "vit.heads": COUNT,
     "vit.hidden": COUNT,
-    "vit.head_channels": ("a multiple of 8", lambda v: is_int(v) and v >= 8 and v % 8 == 0),
+    "vit.head_widths": ("multiples of 8", lambda v: are_widths(v)),
     "mim.decoder.channels": ("a multiple of 4", lambda v: is_int(v) and v >= 4 and v % 4 == 0),
     "mim.decoder.depth": COUNT,
     "mim.decoder.heads": COUNT,
@@ -119,9 +119,7 @@ RULES = {
     "student.outputs": ("1 or 2", lambda v: is_int(v) and v in (1, 2)),
     "student.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "vit.dropout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
-    "student.widths": (
-        "multiples of 8", lambda v: not isinstance(v, str) and all(is_int(w) and w >= 8 and w % 8 == 0 for w in v),
-    ),
+    "student.widths": ("multiples of 8", lambda v: are_widths(v)),
     "student.stages": ("conv or swin, one a width", lambda v: len(v) > 1 and set(v) <= {"conv", "swin"}),
     "student.skips": ("gate or cross, one a width but the last", lambda v: set(v) <= {"gate", "cross"}),
 }
@@ -133,6 +131,10 @@ def is_int(v) -> bool:
 
 def is_number(v) -> bool:
     return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def are_widths(v) -> bool:
+    return not isinstance(v, str) and all(is_int(w) and w >= 8 and w % 8 == 0 for w in v)
 
 
 def is_sum(v, names) -> bool:
@@ -186,6 +188,11 @@ def check(config) -> ml_collections.FrozenConfigDict:
     for c in [c for c, kind in kinds if kind in ("swin", "cross")]:
         if c % (heads := max(c // student.head_width, 1)):
             raise UserError(f"config key student.head_width={student.head_width}: {c} channels make no {heads} heads")
+    if 2 ** len(config.vit.head_widths) != config.vit.patch:
+        raise UserError(
+            f"config key vit.head_widths={tuple(config.vit.head_widths)}: one width for each halving of vit.patch="
+            f"{config.vit.patch}, which must be a power of two"
+        )
     semi, stride = config.loss.beta > 0, 2 ** (len(config.student.widths) - 1)
     if config.size % stride or config.size % config.vit.patch:
         raise UserError(

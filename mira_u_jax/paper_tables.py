@@ -4,6 +4,7 @@ import jax
 
 from mira_u_jax import config as configuration
 from mira_u_jax import consistency, paper, runs, steps
+from mira_u_jax.errors import UserError
 from mira_u_jax.text import Table, check, figure, mark, percent, slug, span
 
 TABLE_5 = {  # label -> ablation
@@ -87,7 +88,7 @@ def passes(bench: list[runs.Group], title: str, end: str) -> Table:
         if group:
             found = runs.interval(group.values("dice").values())
             rows.append([
-                teacher.name, teacher.parameters, teacher.passes, teacher.uncertainty, f"{parameters(group.config):,}",
+                teacher.name, teacher.parameters, teacher.passes, teacher.uncertainty, parameters(group.config),
                 str(group.config["teacher"]["passes"]), figure(group.mean("sigma")), percent(group),
                 str(found.count), figure(found.mean), span(found),
             ])
@@ -96,6 +97,10 @@ def passes(bench: list[runs.Group], title: str, end: str) -> Table:
     return f"table1_{end}", f"Table 1: teachers; {title}", header, rows
 
 
-def parameters(config: dict) -> int:
-    """Parameters of the ViT of a run."""
-    return sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_params(configuration.migrated(config))["vit"]))
+def parameters(config: dict) -> str:
+    """How many parameters the ViT of a run has; - where it is one that is no longer here."""
+    try:
+        params = steps.abstract_params(configuration.migrated(config))["vit"]
+    except UserError:
+        return "-"
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"

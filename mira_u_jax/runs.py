@@ -113,6 +113,8 @@ class Group:
         meant, unheard = configuration.flat(meant), {*SAME, *NAMED}
         if c["loss"]["beta"] == 0:
             unheard |= UNHEARD
+        if c["teacher"]["source"] == "ema":  # a run without a ViT
+            unheard |= {"vit"}
         own = {configuration.RENAMED.get(k, k): v for k, v in configuration.leaves(c).items()}
         known = configuration.LATER | own
         for leaves in (meant, known):  # of a folder a result says only that it was given

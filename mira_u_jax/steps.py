@@ -16,6 +16,7 @@ from flax import nnx, struct
 
 from mira_u_jax import augment, equations, pseudo
 from mira_u_jax.config import outlined, steps_of
+from mira_u_jax.errors import UserError
 from mira_u_jax.rng import named, stream
 from mira_u_jax.student import MaskedReconstruction, Student
 from mira_u_jax.teacher import MaskedAutoencoder, Teacher, to_patches
@@ -130,7 +131,11 @@ init_params = jax.jit(fresh_params, static_argnums=(0, 1, 2), compiler_options={
 
 
 def abstract_params(config) -> dict:
-    """Shapes and types of the parameters of stage "train", nothing computed."""
+    """Shapes and types of the parameters of stage "train", nothing computed. UserError for an older run's ViT."""
+    if "vit" in network_names(config) and "head_widths" not in config.vit:
+        raise UserError(
+            "a run with vit.head_channels: its ViT has a head that is no longer here; the commit in its config.json reads it"
+        )
     make = functools.partial(fresh_params, network_names(config), "train", config)
     return jax.eval_shape(make, jax.random.key(0))
 

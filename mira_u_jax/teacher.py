@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from mira_u_jax.layers import Conv, ConvBlock, GroupNorm, Linear, TransformerBlock, fill, sincos_positions
+from mira_u_jax.layers import Conv, ConvBlock, ConvTranspose, GroupNorm, Linear, TransformerBlock, fill, sincos_positions
 
 
 class Encoder(nnx.Module):
@@ -32,27 +32,48 @@ class Encoder(nnx.Module):
         return self.norm(tokens)
 
 
+class Details(nnx.Module):
+    """The image's own edges: a chain of 3x3 convolutions, one a width, at strides 1, 2, 4, ..."""
+
+    def __init__(self, widths, *, rngs: nnx.Rngs):
+        self.convs, self.norms = nnx.List(), nnx.List([GroupNorm(c) for c in widths])
+        for i, (a, b) in enumerate(zip((3, *widths), widths, strict=False)):
+            self.convs.append(Conv(a, b, (3, 3), strides=2 if i else 1, use_bias=False, rngs=rngs))
+
+    def __call__(self, image):  # b h w 3 -> one b h' w' c a width, fine to coarse
+        x, found = 2 * image - 1, []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.gelu(norm(conv(x)))
+            found.append(x)
+        return found
+
+
 class Teacher(nnx.Module):
     """ViT segmenter: RGB image in [0, 1], (b, h, w, 3) -> logits (b, h, w).
 
     The paper gives the encoder (8x8 patches, 4 layers, width 256, 4 heads, hidden 512, dropout .1) and no head. The head
-    here unfolds each token to the pixels of its patch (`head_channels` each), adds a 3x3 convolution of the image and
-    ends in one texture block. Without the image's own edges outlines stay bound to the patch grid, and the deviation of
-    the passes maps that grid instead of doubt.
+    here doubles the map of tokens until a cell is a pixel; at each stride it adds the image's own details and ends in a
+    texture block. `head_widths` are its channels at strides 1, 2, 4, ..., patch / 2. Without the image outlines stay bound
+    to the patch grid, and the deviation of the passes maps that grid instead of doubt; with the details of stride 1 alone
+    the teacher stays behind the student it teaches (docs/results.md).
     """
 
     def __init__(
-        self, *, patch: int, channels: int, depth: int, heads: int, hidden: int, head_channels: int, dropout: float,
+        self, *, patch: int, channels: int, depth: int, heads: int, hidden: int, head_widths, dropout: float,
         rngs: nnx.Rngs,
     ):
+        if 2 ** len(head_widths) != patch:
+            raise ValueError(f"Teacher: {len(head_widths)} head_widths double a map to {2 ** len(head_widths)}, not {patch}")
         self.encoder = Encoder(
             patch=patch, channels=channels, depth=depth, heads=heads, hidden=hidden, dropout=dropout, rngs=rngs
         )
-        self.unfold = Linear(channels, patch * patch * head_channels, rngs=rngs)
-        self.detail = Conv(3, head_channels, (3, 3), rngs=rngs)
-        self.norm = GroupNorm(head_channels)
-        self.block = ConvBlock(head_channels, rngs=rngs)
-        self.out = Conv(head_channels, 1, (1, 1), rngs=rngs)
+        self.details = Details(head_widths, rngs=rngs)
+        self.up, self.norm, self.block = nnx.List(), nnx.List(), nnx.List()
+        for c, below in zip(head_widths, (*head_widths[1:], channels), strict=True):
+            self.up.append(ConvTranspose(below, c, rngs=rngs))
+            self.norm.append(GroupNorm(c))
+            self.block.append(ConvBlock(c, rngs=rngs))
+        self.out = Conv(head_widths[0], 1, (1, 1), rngs=rngs)
         self.patch = patch
 
     def outputs(self, image, *, rngs=None):  # b h w 3 -> k b h w with k = 1, as the student's
@@ -60,12 +81,10 @@ class Teacher(nnx.Module):
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w
         tokens = self.encoder(self.encoder.embed(image), rngs=rngs)
-        pixels = rearrange(
-            self.unfold(tokens), "b (i j) (p q c) -> b (i p) (j q) c",
-            i=image.shape[1] // self.patch, p=self.patch, q=self.patch,
-        )
-        pixels = nnx.gelu(self.norm(pixels + self.detail(2 * image - 1)))
-        return self.out(self.block(pixels))[..., 0].astype(jnp.float32)
+        x = rearrange(tokens, "b (i j) c -> b i j c", i=image.shape[1] // self.patch)
+        for up, norm, block, detail in reversed(list(zip(self.up, self.norm, self.block, self.details(image), strict=True))):
+            x = block(nnx.gelu(norm(up(x)) + detail))
+        return self.out(x)[..., 0].astype(jnp.float32)
 
 
 class MaskedAutoencoder(nnx.Module):

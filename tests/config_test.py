@@ -145,7 +145,9 @@ def test_every_leaf_has_a_rule():
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"vit.patch": 0}, "vit.patch"), ({"vit.heads": 3}, "vit.heads"), ({"mim.decoder.heads": 5}, "mim.decoder.heads"),
+    ({"vit.patch": 0}, "vit.patch"), ({"vit.patch": 8}, "vit.head_widths=(16, 16)"),
+    ({"vit.head_widths": (8, 12)}, "vit.head"),
+    ({"vit.heads": 3}, "vit.heads"), ({"mim.decoder.heads": 5}, "mim.decoder.heads"),
     ({"student.widths": (12, 16, 16, 16, 16)}, "student.widths"), ({"optim.plateau.holdout": 1}, "optim.plateau.holdout"),
     ({"loss.beta": 0.0, "mim.joint_weight": 0.5}, "mim.joint_weight"),
     ({"loss.beta": 0.0, "mim.target": "vit"}, "mim.target"), ({"train.log_every": 0}, "train.log_every=0"),
