@@ -4,7 +4,7 @@
 
 FOLDER holds images/ and masks/, paired by name, the mask's with or without _Segmentation or _mask. --flips averages the
 logits over the four flips of an image, --largest keeps the largest connected part of each mask, whatever the run's
-configuration says.
+configuration says; --network=all averages them over the student and the ViT.
 """
 
 import csv
@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, whole, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
-from mira_u_jax.trained import Predictor, at_size, mask_of
+from mira_u_jax.trained import NETWORKS, Predictor, at_size, mask_of
 from tfds_builders import common
 from tfds_builders.common import DataError
 
@@ -278,7 +278,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "isic2016, ph2, synthetic, or a folder with images/ and masks/.")
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets; default as in the run.")
     flags.DEFINE_enum("split", None, ["test", "dev"], "Default: the run's own split on its own data set, else test.")
-    flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
+    flags.DEFINE_enum("network", "student", NETWORKS, "Whose average predicts; all: the mean of both.")
     flags.DEFINE_bool("flips", None, "Average over the four flips of an image; default as in the run.")
     flags.DEFINE_bool("largest", None, "A mask is its largest connected part; default as in the run.")
     flags.DEFINE_string("json", None, "File for the figures.")

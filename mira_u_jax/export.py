@@ -69,7 +69,8 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     split = "a fifth of the training images, held out" if settings.split == "dev" else "its test images"
     s, versions = settings.size, ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
     rows = {
-        "network": f"the averaged {network} of a `{settings.method}` run, {parameters:,} parameters, float32",
+        "network": f"the averaged {network.replace('all', 'student and vit')} of a `{settings.method}` run, {parameters:,}"
+        " parameters, float32",
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
         "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout passes; "
         f"`float32 (n, {s}, {s})`",
@@ -129,5 +130,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a run of main.")
     flags.DEFINE_string("output", None, "File of the program; .safetensors and .md are written beside it.")
     flags.DEFINE_integer("passes", 0, "Dropout passes behind sigma; 0: as the run is evaluated.")
-    flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average is exported.")
+    flags.DEFINE_enum("network", "student", trained.NETWORKS, "Whose average is exported; all: the mean of both.")
     command.run(main, required=("workdir", "output"))

@@ -5,8 +5,8 @@
 Tables are lists in configs/tables.py. A cell trains in RUNS/<cell>; at its end RESULTS/<table>/<cell>.json is written, and
 <cell>.csv with the figures of each image. A cell that any table has finished is done for all. Several of these commands may
 run at once on one RUNS folder: a cell is taken under a lock, which ends with the process that trains it, however that
-ends. --also=ph2,isic2016+flips+largest measures every run on PH2 too, and once more on ISIC-2016 with masks as
-`evaluate --flips --largest` makes them. --list shows what is done, running and open, and starts nothing.
+ends. --also=ph2,isic2016+all+flips+largest measures every run on PH2 too, and once more on ISIC-2016 with masks as
+`evaluate --network=all --flips --largest` makes them. --list shows what is done, running and open, and starts nothing.
 """
 
 import fcntl
@@ -102,9 +102,9 @@ class Grid:
             where = [f"--data_dir={data_dir}"] if data_dir else []
             for what in also:
                 if status == 0:
-                    dataset, *masks = (f"--{part}" for part in f"dataset={what}".split("+"))
-                    found = f"--json={workdir / f'evaluation_{what}.json'}"
-                    status = start("evaluate", f"--workdir={workdir}", dataset, found, *masks, *where, lock=lock)
+                    dataset, *masks = what.split("+")
+                    words = [f"--dataset={dataset}", f"--json={workdir / f'evaluation_{what}.json'}", *map(MASKS.get, masks)]
+                    status = start("evaluate", f"--workdir={workdir}", *words, *where, lock=lock)
             if status == 0:
                 self.keep(name, also)
             return status
@@ -136,12 +136,15 @@ def start(module: str, *args: str, lock) -> int:
         signal.signal(signal.SIGTERM, before)  # between cells it ends this process
 
 
+MASKS = {"all": "--network=all", "flips": "--flips", "largest": "--largest"}  # what may follow a data set in --also
+
+
 def check_also(also: list[str]):
-    """UserError for an evaluation that is not DATASET[+flips][+largest]."""
+    """UserError for an evaluation that is not DATASET[+all][+flips][+largest]."""
     for what in also:
         dataset, *masks = what.split("+")
-        if not dataset or not set(masks) <= {"flips", "largest"}:
-            raise UserError(f"--also={what}: write DATASET, DATASET+flips, DATASET+largest or DATASET+flips+largest")
+        if not dataset or not set(masks) <= MASKS.keys():
+            raise UserError(f"--also={what}: write DATASET, and after it none or some of +{', +'.join(MASKS)}")
 
 
 def chosen(names: list[str], index: int | None, shard: str | None) -> list[str]:
@@ -192,7 +195,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("index", None, "Only this cell, as --list numbers them.")
     flags.DEFINE_string("shard", None, "I/N: only every N-th cell from the I-th on.")
     flags.DEFINE_string("data_dir", "", "Where TFDS keeps data sets.")
-    flags.DEFINE_list("also", [], "Further evaluations of every run: DATASET[+flips][+largest], as ph2 or isic2016+flips.")
+    flags.DEFINE_list("also", [], "Further evaluations of every run: DATASET[+all][+flips][+largest], as ph2.")
     flags.DEFINE_string("runs", "runs/grid", "Folder of the runs.")
     flags.DEFINE_string("results", "results", "Folder of what is kept.")
     flags.DEFINE_bool("list", False, "Show the cells and start nothing.")

@@ -54,16 +54,16 @@ class Item:
 
 def predict(
     workdir, files: dict[str, common.File], output, *, network: str = "student", passes: int = 0, batch: int = 0,
-    threads: int = 4, probability: bool = False, largest: bool | None = None,
+    threads: int = 4, probability: bool = False, flips: bool | None = None, largest: bool | None = None,
 ) -> dict[str, str]:
     """Write what FOLDER gets for `files` {id: file}; returns {id: why} of those that could not be read.
 
     passes: of dropout, behind sigma; 0 as the run is evaluated; batch: images at once, 0 by their size; probability: write
-    its maps too; largest: as trained.Predictor. Reads and writes on `threads` threads beside the device, a few batches
-    ahead at most, so that memory does not grow with the number of files. One compilation. Raises UserError; OSError where
-    the output cannot be written.
+    its maps too; network, flips, largest: as trained.Predictor. Reads and writes on `threads` threads beside the device, a
+    few batches ahead at most, so that memory does not grow with the number of files. One compilation. Raises UserError;
+    OSError where the output cannot be written.
     """
-    predictor = trained.Predictor(workdir, network, largest=largest)
+    predictor = trained.Predictor(workdir, network, flips, largest)
     output = pathlib.Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
@@ -207,7 +207,7 @@ def main():
     started = time.perf_counter()
     failed = predict(
         f.workdir, files, f.output, passes=f.passes, batch=f.batch, threads=f.threads, network=f.network,
-        probability=f.probability, largest=f.largest,
+        probability=f.probability, flips=f.flips, largest=f.largest,
     )
     done, seconds = len(files) - len(failed), time.perf_counter() - started
     print(f"{done} masks in {f.output}, {seconds:.1f} s, compilation included", flush=True)
@@ -226,5 +226,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("threads", 4, "Threads that read and write.")
     flags.DEFINE_bool("probability", False, "Write <id>_probability.png too: of lesion, value / 255.")
     flags.DEFINE_bool("largest", None, "Keep the largest connected part of each mask; default as the run is evaluated.")
-    flags.DEFINE_enum("network", "student", ["student", "vit"], "Whose average predicts.")
+    flags.DEFINE_bool("flips", None, "Average over the four flips of an image; default as the run is evaluated.")
+    flags.DEFINE_enum("network", "student", trained.NETWORKS, "Whose average predicts; all: the mean of both.")
     command.run(main, required=("workdir", "input", "output"), rest="input")

@@ -34,27 +34,50 @@ class Mirrored:
         return jnp.stack([jnp.flip(part, axis) for part, axis in zip(z, axes, strict=True)]).mean(0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Networks by name as one: its logits are the mean of theirs, its outputs theirs one after the other."""
+
+    networks: tuple[tuple[str, steps.Network | Mirrored], ...]
+
+    def __call__(self, params, image, key=None):
+        return jnp.stack([network(params[name], image, key=key) for name, network in self.networks]).mean(0)
+
+    def outputs(self, params, image, key=None):  # b h w 3 -> k b h w, k of all networks
+        keys = [key if key is None else named(key, name) for name, _ in self.networks]
+        found = [n.outputs(params[name], image, key=k) for (name, n), k in zip(self.networks, keys, strict=True)]
+        return jnp.concatenate(found)
+
+
+NETWORKS = ("student", "vit", "all")  # all: the mean of those that a run has
+
+
 def load(workdir, network: str = "student", flips: bool | None = None):
     """(settings, network, its averaged parameters) of a run of main.
 
-    flips: whether the network is Mirrored; None is as the run's configuration says. Raises UserError where there is no run.
+    network: one of NETWORKS; flips: whether it is Mirrored; None is as the run's configuration says. Raises UserError where
+    there is no run, or no such network.
     """
     if not pathlib.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir}: no such folder; give one that main has trained in")
     settings = config.load(workdir)
-    if network not in steps.network_names(settings):
-        raise UserError(f"--network={network}: this run has {', '.join(steps.network_names(settings))}")
-    params = checkpoint.load_ema(workdir, steps.abstract_params(settings))[network]
-    module = steps.make_networks((network,), "train", settings)[network]
-    mirrored = settings.evaluation.flips if flips is None else flips
-    return settings, Mirrored(module) if mirrored else module, params
+    names = [name for name in pseudo.LEARNERS if name in steps.network_names(settings)]
+    if network not in (*names, "all"):
+        raise UserError(f"--network={network}: this run has {', '.join(names)}")
+    params = checkpoint.load_ema(workdir, steps.abstract_params(settings))
+    modules = steps.make_networks(names, "train", settings)
+    if settings.evaluation.flips if flips is None else flips:
+        modules = {name: Mirrored(module) for name, module in modules.items()}
+    if network == "all":
+        return settings, Together(tuple(modules.items())), {name: params[name] for name in names}
+    return settings, modules[network], params[network]
 
 
 def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax.Array]:
     """{"logits", "mean", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
 
-    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes. All images
-    meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
+    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes (of each network that is
+    Together). All images meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
     """
     key = named(jax.random.key(seed), "predict")
 
@@ -68,13 +91,14 @@ def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax
 class Predictor:
     """The averaged network of a run, compiled once: predictor(examples) yields (example, maps).
 
-    network: student, or vit to look at the teacher; flips, largest: None is as the run's configuration says. Raises
-    UserError.
+    network: student, vit to look at the teacher, or all for the mean of both; flips, largest: None is as the run's
+    configuration says. Raises UserError.
     """
 
     def __init__(self, workdir, network: str = "student", flips: bool | None = None, largest: bool | None = None):
         self.settings, self.network, self.params = load(workdir, network, flips)
-        self.passes, self.flips = self.settings.evaluation.passes, isinstance(self.network, Mirrored)
+        self.passes = self.settings.evaluation.passes
+        self.flips = self.settings.evaluation.flips if flips is None else flips
         self.largest = self.settings.evaluation.largest if largest is None else largest
         self.name = network + ("+flips" if self.flips else "")
         self.batch = batch_of(self.settings.size)

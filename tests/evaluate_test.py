@@ -37,16 +37,19 @@ PROMISED = {  # in results/*.json and DIR/evaluation.json, for whoever reads the
 }
 
 
-@pytest.fixture(scope="module")
-def run(tiny_config, networks, tmp_path_factory):
-    """A workdir that holds a fresh student."""
-    settings, workdir = tiny_config("method=supervised"), tmp_path_factory.mktemp("run")
+def workdir_with(params, settings, workdir):
+    """A workdir that holds a run of these fresh networks."""
     config.save(settings, workdir, {"commit": "none"})
-    params = {"student": networks[1]["student"]}
     state = steps.init_state(params, steps.make_optimizer(settings.optim, params, lambda _: 0.0), settings.optim)
     with checkpoint.open_manager(workdir, "train") as manager:
         checkpoint.save(manager, 0, state)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, networks, tmp_path_factory):
+    params = {"student": networks[1]["student"]}
+    return workdir_with(params, tiny_config("method=supervised"), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,31 @@ def test_flips_average_the_logits_of_the_four_views(tiny_data):
     np.testing.assert_allclose(mirrored(SLOPE, image), wanted, rtol=1e-4, atol=1e-5)
     assert np.abs(wanted - Drop()(SLOPE, image)).max() > 0.1
     np.testing.assert_allclose(mirrored(SLOPE, image[:, ::-1]), wanted[:, ::-1], rtol=1e-4, atol=1e-5)  # equivariant
+
+
+def test_networks_together_average_logits_and_count_all_passes(tiny_data):
+    image, params = steps.to_float(jnp.asarray(tiny_data["image"][:3])), {"student": SLOPE, "vit": 3 - SLOPE}
+    both = trained.Together((("student", trained.Mirrored(Drop())), ("vit", Drop())))
+    apart = [trained.Mirrored(Drop())(SLOPE, image), Drop()(3 - SLOPE, image)]
+    np.testing.assert_allclose(both(params, image), (apart[0] + apart[1]) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both.outputs(params, image), apart, rtol=1e-4, atol=1e-5)
+    key = jax.random.key(1)
+    noisy = both.outputs(params, image, key=key)
+    np.testing.assert_allclose(noisy[1], Drop()(3 - SLOPE, image, key=named(key, "vit")), rtol=1e-4, atol=1e-5)
+    p = pseudo.teacher_passes(both, params, image, key, 5)
+    assert p.shape[0] == 10 and np.unique(np.asarray(p)[:, 0, 0, 0]).size == 10  # each pass of each network is its own
+
+
+def test_all_networks_of_a_run(run, tiny_config, networks, tmp_path):
+    """The mean of both, with the parameters of both; of a run without a ViT the student alone."""
+    workdir = workdir_with(networks[1], tiny_config(""), tmp_path)
+    found = [trained.Predictor(workdir, name) for name in trained.NETWORKS]
+    image = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), np.uint8)
+    every = jax.jit(lambda image: [steps.eval_step(f.params, image, network=f.network) for f in found])
+    student, vit, both = every(image)
+    np.testing.assert_allclose(both, (student + vit) / 2, rtol=1e-3, atol=1e-4)
+    assert np.abs(student - vit).max() > 1e-3 and found[2].name == "all" and set(found[2].params) == {"student", "vit"}
+    assert [name for name, _ in trained.Predictor(run, "all").network.networks] == ["student"]
 
 
 def test_flips_are_the_runs_unless_said(run):

@@ -123,11 +123,12 @@ def test_a_finished_cell_is_measured_on_what_it_lacks(make, started, tmp_path):
 def test_further_masks_are_named_like_a_data_set(make, started, tmp_path):
     """ph2 is there already, so only the other evaluation is made, and both are kept."""
     one, (calls, _) = make(), started
-    name, masks = list(one.cells)[0], "isic2016+flips+largest"
+    name, masks = list(one.cells)[0], "isic2016+all+flips+largest"
     assert one.run(name, also=["ph2"]) == 0 and one.run(name, also=["ph2", masks]) == 0
     workdir = tmp_path / "runs" / name
     found = f"--json={workdir / f'evaluation_{masks}.json'}"
-    assert calls[2:] == [("evaluate", (f"--workdir={workdir}", "--dataset=isic2016", found, "--flips", "--largest"))]
+    words = (f"--workdir={workdir}", "--dataset=isic2016", found, "--network=all", "--flips", "--largest")
+    assert calls[2:] == [("evaluate", words)]
     assert set(json.loads((tmp_path / "results" / "one" / f"{name}.json").read_text())["also"]) == {"ph2", masks}
     assert one.run(name, also=[masks, "ph2"]) is None
 

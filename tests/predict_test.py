@@ -139,7 +139,8 @@ def darkness(monkeypatch, tiny_config):
     fake = types.SimpleNamespace(settings=tiny_config(), params=None, network=None, batch=2, passes=2)
     monkeypatch.setattr(trained, "look", look)
     monkeypatch.setattr(
-        trained, "Predictor", lambda workdir, network, largest: types.SimpleNamespace(**vars(fake), largest=bool(largest))
+        trained, "Predictor",
+        lambda workdir, network, flips, largest: types.SimpleNamespace(**vars(fake), largest=bool(largest)),
     )
     return traced
 
