@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from mira_u_jax.layers import Conv, ConvBlock, GroupNorm, Linear, TransformerBlock, fill, sincos_positions
+from mira_u_jax.layers import Conv, ConvBlock, ConvTranspose, GroupNorm, Linear, TransformerBlock, fill, sincos_positions
 
 
 class Encoder(nnx.Module):
@@ -48,10 +48,15 @@ class Teacher(nnx.Module):
         self.encoder = Encoder(
             patch=patch, channels=channels, depth=depth, heads=heads, hidden=hidden, dropout=dropout, rngs=rngs
         )
-        self.unfold = Linear(channels, patch * patch * head_channels, rngs=rngs)
-        self.detail = Conv(3, head_channels, (3, 3), rngs=rngs)
-        self.norm = GroupNorm(head_channels)
-        self.block = ConvBlock(head_channels, rngs=rngs)
+        levels = patch.bit_length() - 1
+        widths = [head_channels * 2**i for i in range(levels)]  # stride 1, 2, 4
+        self.detail, self.norm, self.up, self.block, self.detail_norm = nnx.List(), nnx.List(), nnx.List(), nnx.List(), nnx.List()
+        for i, c in enumerate(widths):
+            self.detail.append(Conv(widths[i - 1] if i else 3, c, (3, 3), strides=2 if i else 1, rngs=rngs))
+            self.detail_norm.append(GroupNorm(c))
+            self.up.append(ConvTranspose(widths[i + 1] if i + 1 < levels else channels, c, rngs=rngs))
+            self.norm.append(GroupNorm(c))
+            self.block.append(ConvBlock(c, rngs=rngs))
         self.out = Conv(head_channels, 1, (1, 1), rngs=rngs)
         self.patch = patch
 
@@ -60,12 +65,14 @@ class Teacher(nnx.Module):
 
     def __call__(self, image, *, rngs=None):  # b h w 3 -> b h w
         tokens = self.encoder(self.encoder.embed(image), rngs=rngs)
-        pixels = rearrange(
-            self.unfold(tokens), "b (i j) (p q c) -> b (i p) (j q) c",
-            i=image.shape[1] // self.patch, p=self.patch, q=self.patch,
-        )
-        pixels = nnx.gelu(self.norm(pixels + self.detail(2 * image - 1)))
-        return self.out(self.block(pixels))[..., 0].astype(jnp.float32)
+        x = rearrange(tokens, "b (i j) c -> b i j c", i=image.shape[1] // self.patch)
+        y, details = 2 * image - 1, []
+        for conv, norm in zip(self.detail, self.detail_norm, strict=True):
+            y = nnx.gelu(norm(conv(y)))
+            details.append(y)
+        for i in reversed(range(len(details))):
+            x = self.block[i](nnx.gelu(self.norm[i](self.up[i](x)) + details[i]))
+        return self.out(x)[..., 0].astype(jnp.float32)
 
 
 class MaskedAutoencoder(nnx.Module):
