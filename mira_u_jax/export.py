@@ -68,11 +68,15 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     parameters = sum(leaf.size for leaf in leaves.values())
     split = "a fifth of the training images, held out" if settings.split == "dev" else "its test images"
     s, versions = settings.size, ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    network, *views = network.split("+")
+    names = sorted({leaf.split(".")[0] for leaf in leaves}) if network == "all" else [network]
+    averaged, each = " and ".join(names), " of each" if len(names) > 1 else ""
     rows = {
-        "network": f"the averaged {network.replace('all', 'student and vit')} of a `{settings.method}` run, {parameters:,}"
-        " parameters, float32",
+        "network": f"the averaged {'+'.join([averaged, *views])} of a `{settings.method}` run, {parameters:,} parameters,"
+        " float32",
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
-        "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout passes; "
+        "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout"
+        f" passes{each}; "
         f"`float32 (n, {s}, {s})`",
         "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0"
         + (", of that the largest connected part" if settings.evaluation.largest else ""),
@@ -82,7 +86,7 @@ def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str
     lines = [f"# {file}", "", INTENDED, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in rows.items()] + ["", "## Measured", ""]
     result = json.loads(measured.read_text()) if measured.exists() else {}
-    if result and result.get("network", "student") == network.split("+")[0]:
+    if result and result.get("network", "student") == network:
         count = f"{result['images']} images, {result['missed']} lesions missed altogether"
         lines += [f"On {result['dataset']}, {split}: {count}. {INTERVAL}", "", "| | mean | 95% |", "|---|---|---|"]
         known = {name: bounds for name, bounds in result["ci95"].items() if isinstance(result.get(name), float)}

@@ -23,6 +23,8 @@ from configs import common, tables
 from mira_u_jax import command, whole
 from mira_u_jax.errors import UserError
 
+MASKS = {"all": "--network=all", "flips": "--flips", "largest": "--largest"}  # what may follow a data set in --also
+
 
 def cell_name(cell: str, preset: str, split: str) -> str:
     """The name of a cell, of its runs and results: `isic_cpu_frac0.1_mira_u_no_mim_l3_s3`.
@@ -134,9 +136,6 @@ def start(module: str, *args: str, lock) -> int:
         return process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)  # between cells it ends this process
-
-
-MASKS = {"all": "--network=all", "flips": "--flips", "largest": "--largest"}  # what may follow a data set in --also
 
 
 def check_also(also: list[str]):

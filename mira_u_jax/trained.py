@@ -52,25 +52,24 @@ class Together:
 NETWORKS = ("student", "vit", "all")  # all: the mean of those that a run has
 
 
-def load(workdir, network: str = "student", flips: bool | None = None):
-    """(settings, network, its averaged parameters) of a run of main.
-
-    network: one of NETWORKS; flips: whether it is Mirrored; None is as the run's configuration says. Raises UserError where
-    there is no run, or no such network.
-    """
-    if not pathlib.Path(workdir).is_dir():
-        raise UserError(f"--workdir={workdir}: no such folder; give one that main has trained in")
-    settings = config.load(workdir)
+def members(settings, network: str) -> list[str]:
+    """The networks of a run that one of NETWORKS stands for; UserError where the run has no such network."""
     names = [name for name in pseudo.LEARNERS if name in steps.network_names(settings)]
     if network not in (*names, "all"):
         raise UserError(f"--network={network}: this run has {', '.join(names)}")
+    return names if network == "all" else [network]
+
+
+def load(workdir, settings, network: str, flips: bool):
+    """(network, its averaged parameters) of a run of these settings; flips: whether it is Mirrored. Raises UserError."""
+    names = members(settings, network)
     params = checkpoint.load_ema(workdir, steps.abstract_params(settings))
     modules = steps.make_networks(names, "train", settings)
-    if settings.evaluation.flips if flips is None else flips:
+    if flips:
         modules = {name: Mirrored(module) for name, module in modules.items()}
     if network == "all":
-        return settings, Together(tuple(modules.items())), {name: params[name] for name in names}
-    return settings, modules[network], params[network]
+        return Together(tuple(modules.items())), {name: params[name] for name in names}
+    return modules[network], params[network]
 
 
 def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax.Array]:
@@ -96,10 +95,13 @@ class Predictor:
     """
 
     def __init__(self, workdir, network: str = "student", flips: bool | None = None, largest: bool | None = None):
-        self.settings, self.network, self.params = load(workdir, network, flips)
+        if not pathlib.Path(workdir).is_dir():
+            raise UserError(f"--workdir={workdir}: no such folder; give one that main has trained in")
+        self.settings = config.load(workdir)
         self.passes = self.settings.evaluation.passes
         self.flips = self.settings.evaluation.flips if flips is None else flips
         self.largest = self.settings.evaluation.largest if largest is None else largest
+        self.network, self.params = load(workdir, self.settings, network, self.flips)
         self.name = network + ("+flips" if self.flips else "")
         self.batch = batch_of(self.settings.size)
         self.step = jax.jit(functools.partial(look, network=self.network, passes=self.passes))

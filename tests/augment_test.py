@@ -329,6 +329,7 @@ def test_what_is_moved_fits_the_strong_view(blobs):
     found = augment.moved({"a": mask, "b": (1 - mask, mask)}, affine)
     close(found["a"], strong[..., 0])
     close(found["b"][0], 1 - strong[..., 0], 1e-5)
+    close(found["b"][1], found["a"])
     for i in range(4):
         close(found["a"][i], warping.warp(np.asarray(mask[i], np.float64), affine[i]), 2e-4)
     assert (notcut == 1).all()
