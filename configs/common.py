@@ -132,7 +132,7 @@ PRESETS: dict[str, dict] = {
         "train.steps": "200 epochs", "train.batch": 8, "mim.steps": "50 epochs", "mim.batch": 8,
         "optim.schedule": "plateau", "ema.alpha": 0.99,
     },
-    # 256 px, our best
+    # 256 px, for an accelerator; not trained so far
     "full": {},
 }
 
