@@ -1,7 +1,7 @@
 """PH2, 200 images. Bare: Table 3 of the paper, train on ISIC-2016 and test on all of PH2.
 
     python -m mira_u_jax.main --config=configs/ph2.py:frac=0.5
-    python -m mira_u_jax.main --config=configs/ph2.py:fold=0        in-domain: train on four folds, test on fold 0
+    python -m mira_u_jax.main --config=configs/ph2.py:fold=0    # in-domain: train on four folds, test on fold 0
 
 Keys: those of configs/isic.py but extra and skip, and fold 0..4. In-domain figures are not comparable with cross-dataset
 ones. With split=dev the run is measured on the development images of the set it trains on; PH2's folds have none.

@@ -60,12 +60,16 @@ class Grid:
         return next(iter(sorted(self.results.glob(f"*/{name}.json"))), None)
 
     def lacks(self, name: str, also=()) -> list[str]:
-        """Of `also` those on which a finished cell was not measured, if its run is here to be measured."""
-        done = self.finished(name)
-        if not done or not (self.runs / name / "result.json").exists():
+        """Of `also` those on which a finished cell was not measured, if the very run behind its result is here.
+
+        A later run of the cell, into other results, must not take its place.
+        """
+        done, here = self.finished(name), self.runs / name / "result.json"
+        if not done or not here.exists():
             return []
-        known = json.loads(done.read_text()).get("also", {})
-        return [what for what in also if what not in known]
+        known = json.loads(done.read_text())
+        measured = known.pop("also", {})
+        return [what for what in also if what not in measured] if json.loads(here.read_text()) == known else []
 
     def lock(self, name: str):
         """An open file that holds the cell until it is closed here and in every process started with it; None if taken."""

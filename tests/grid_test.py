@@ -120,6 +120,18 @@ def test_a_finished_cell_is_measured_on_what_it_lacks(make, started, tmp_path):
     assert not one.lacks(name, ["other"])  # nothing is left to be measured
 
 
+def test_another_run_of_a_finished_cell_does_not_take_its_place(make, started, tmp_path):
+    """As one trained again into other results leaves in the same folder of runs."""
+    one, (calls, _) = make(), started
+    name = list(one.cells)[0]
+    assert one.run(name) == 0 and one.lacks(name, ["ph2"]) == ["ph2"]
+    kept = tmp_path / "results" / "one" / f"{name}.json"
+    before, here = kept.read_text(), tmp_path / "runs" / name / "result.json"
+    here.write_text(json.dumps(json.loads(here.read_text()) | {"evaluation": {"dice": 0.1}}))
+    assert one.lacks(name, ["ph2"]) == [] and one.run(name, also=["ph2"]) is None
+    assert len(calls) == 1 and kept.read_text() == before
+
+
 def test_further_masks_are_named_like_a_data_set(make, started, tmp_path):
     """ph2 is there already, so only the other evaluation is made, and both are kept."""
     one, (calls, _) = make(), started
