@@ -235,6 +235,8 @@ MUTANTS = [Mutant(*fields) for fields in (
      "tests/runs_test.py -k words"),
     ("two take one cell", "grid.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
      "tests/grid_test.py -k left_alone"),
+    ("another run takes the place of a finished cell", "grid.py", "if json.loads(here.read_text()) == known else []", "",
+     "tests/grid_test.py -k another_run"),
     ("every row is possible", "consistency.py", "if by > EXACT]", "if by > 1]",
      "tests/consistency_test.py -k catches"),
     ("an empty mask is a sure one", "selective.py", "np.maximum(area, 1), pixels)", "np.maximum(area, 1), 0.0)",
