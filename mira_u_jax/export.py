@@ -110,7 +110,9 @@ Outlines of skin lesions in dermoscopic photographs, with a map of where the net
 research, not for diagnosis or for choosing a treatment."""
 INTERVAL = """\
 Means over images at the size of the outlines; the interval is a 95% bootstrap over these images: how exact the figure is for
-images like them. It says nothing about other cameras, hospitals or skins."""
+images like them. It says nothing about other cameras, hospitals or skins. `ece`, `brier` and `ause` are of the
+mean probability of the dropout passes and of their deviation, what is `calibrated` after a temperature besides;
+`probability` above is without either."""
 LIMITS = """\
 * It outlines one thing in every photograph. It does not say whether that is a lesion, nor of which kind.
 * ISIC-2016 and PH2 are dermoscopic images, mostly of light skin. It has not been measured on photographs by phone, on dark

@@ -68,7 +68,8 @@ def predict(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
-    for path in (output / f"{id}_{part}.png" for id in files for part in inputs.PARTS):
+    sheet = output / "predictions.csv"
+    for path in (sheet, *(output / f"{id}_{part}.png" for id in files for part in inputs.PARTS)):
         if foreign(path):  # an outline drawn by hand, perhaps
             raise UserError(f"{path} is not of predict's making and would be overwritten: give another --output")
     batch = min(batch or predictor.batch, len(files))
@@ -84,7 +85,7 @@ def predict(
                 failed[id] = str(item)
                 progress.add()
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool, (output / "predictions.csv").open("w", newline="") as f:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool, sheet.open("w", newline="") as f:
         table = csv.writer(f)
         table.writerow(COLUMNS)
         read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), threads)
@@ -156,8 +157,11 @@ def save(path: pathlib.Path, pixels: np.ndarray):
 
 
 def foreign(path: pathlib.Path) -> bool:
-    """Whether a file is there that `save` did not write."""
+    """Whether a file is there that predict did not write: a picture without its signature, a table without its columns."""
     try:
+        if path.suffix == ".csv":
+            with path.open("rb") as table:
+                return not table.readline().startswith(",".join(COLUMNS[:2]).encode())
         with Image.open(path) as image:
             return image.info.get("Software") != SOFTWARE
     except FileNotFoundError:

@@ -97,6 +97,19 @@ def test_images_may_lie_where_the_output_goes(photos):
     assert ids(photos / "a.png", ignore=photos) == ["a"]
 
 
+def test_a_table_of_somebody_elses_is_not_overwritten(tmp_path, darkness):
+    """What predict wrote itself it writes again."""
+    draw(tmp_path / "a.png")
+    output = tmp_path / "out"
+    run([tmp_path / "a.png"], output)
+    run([tmp_path / "a.png"], output)
+    table = output / "predictions.csv"
+    table.write_text("id,diagnosis\na,naevus\n")
+    with pytest.raises(UserError, match="predictions.csv is not of predict's making.*another --output"):
+        run([tmp_path / "a.png"], output)
+    assert table.read_text() == "id,diagnosis\na,naevus\n"
+
+
 @pytest.mark.parametrize("content", [None, b"no picture"])
 def test_an_outline_drawn_by_hand_is_not_overwritten(tmp_path, darkness, content):
     """a_mask.png beside a.png is what files.py takes for an outline; predict's own may be written again."""
