@@ -10,8 +10,8 @@ both | vit | ema, pseudo_label mu | hard | paper, batch, split test | dev, data_
 outlines, and skip 1, which goes on without the wrong ones of them (docs/usage.md). What each name switches: docs/paper.md,
 section 5. Any other leaf: --config.loss.gamma=0.02.
 
-preset=cpu: 64 px, 11 to 35 minutes of one CPU core; with frac=0.1,split=dev it reaches Dice .90 on the development images of
-a 256 px copy, method=supervised .89 (docs/results.md). preset=full and paper: 256 px, one accelerator; not trained so far
+preset=cpu: 64 px, 11 to 41 minutes of one CPU core; with frac=0.1,split=dev it reaches Dice .904 on the development images
+of a 256 px copy, method=supervised .896 (docs/results.md). preset=full and paper: 256 px, one accelerator; not trained so far
 for want of one.
 """
 

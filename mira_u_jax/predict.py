@@ -157,11 +157,15 @@ def save(path: pathlib.Path, pixels: np.ndarray):
 
 
 def foreign(path: pathlib.Path) -> bool:
-    """Whether a file is there that predict did not write: a picture without its signature, a table without its columns."""
+    """Whether a file is there that predict did not write: a picture without its signature, a table without its columns.
+
+    An empty table is of a call that ended before its first row.
+    """
     try:
         if path.suffix == ".csv":
             with path.open("rb") as table:
-                return not table.readline().startswith(",".join(COLUMNS[:2]).encode())
+                header = table.readline()
+            return bool(header) and not header.startswith(",".join(COLUMNS[:2]).encode())
         with Image.open(path) as image:
             return image.info.get("Software") != SOFTWARE
     except FileNotFoundError:
