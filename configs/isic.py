@@ -11,8 +11,8 @@ outlines, and skip 1, which goes on without the wrong ones of them (docs/usage.m
 section 5. Any other leaf: --config.loss.gamma=0.02.
 
 preset=cpu: 64 px, 11 to 41 minutes of one CPU core; with frac=0.1,split=dev it reaches Dice .904 on the development images
-of a 256 px copy, method=supervised .896 (docs/results.md). preset=full and paper: 256 px, one accelerator; not trained so far
-for want of one.
+of a 256 px copy, method=supervised .896 (docs/results.md). preset=full and paper: 256 px, one accelerator; not trained
+so far for want of one.
 """
 
 from configs import common
