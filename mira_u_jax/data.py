@@ -198,14 +198,14 @@ class Examples(Sequence):
 def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Examples:
     """The images of one evaluation.
 
-    name: a data set or a folder with images/ and masks/. split="dev": the development part of the training images;
-    "test": the test part (PH2: all 200, or the run's own fold when it was trained in-domain). Raises UserError, DataError,
-    also when an image is asked for.
+    name: a data set or a folder with images/ and masks/, of which what the run was trained on is left out. split="dev": the
+    development part of the training images; "test": the test part (PH2: all 200, or the run's own fold when it was trained
+    in-domain). Raises UserError, DataError, also when an image is asked for.
     """
     if name == config.dataset == "folder":
         return held_out_examples(config)
     if name not in DATASETS:
-        return folder(pathlib.Path(name), config.size)
+        return folder(pathlib.Path(name), config)
     name = DATASETS[name]
     if split == "dev" and name == "ph2":
         raise UserError("split=dev: PH2 has no development part, use split=test")
@@ -231,8 +231,8 @@ def short_name(name: str) -> str:
     return f"{path.name}_{hashlib.sha256(str(path).encode()).hexdigest()[:4]}"
 
 
-def folder(path: pathlib.Path, size: int) -> Examples:
-    """path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES."""
+def folder(path: pathlib.Path, config) -> Examples:
+    """path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES, less `trained_on`."""
     for part in ("images", "masks"):
         if not (path / part).is_dir():
             raise UserError(
@@ -244,7 +244,31 @@ def folder(path: pathlib.Path, size: int) -> Examples:
         return common.by_id((files.id_of(f.name, outline=part == "masks"), f) for f in found if inputs.is_image(f.name))
 
     pairs = common.pair(by_id("images"), by_id("masks"), "every image needs one mask of the same name")
-    return Examples(lambda id: example(id, *pairs[id], size), list(pairs))
+    if known := trained_on(pairs, config):
+        told = f"{len(known)} of {len(pairs)} images, as {known[0]}, were trained on"
+        if len(known) == len(pairs):
+            raise UserError(f"--dataset={path}: {told}, so nothing is left to measure on")
+        print(f"left out: {told}", flush=True)
+    return Examples(lambda id: example(id, *pairs[id], config.size), sorted(pairs.keys() - set(known)))
+
+
+def trained_on(pairs, config) -> list[str]:
+    """The ids of `pairs` {id: (image, outline)} whose image a run of `config` has learned from; sorted.
+
+    ISIC-2016's by their ids, which are the archive's; those of a folder by name and bytes, where that folder still is. What
+    was renamed or compressed again is not found.
+    """
+    if config.dataset == "isic2016":
+        pool = isic2016_dataset_builder.official_ids("train")
+        return sorted(id for id in pool if id in pairs and in_pool({"dev": common.is_dev("isic2016", id)}, config))
+    if config.dataset != "folder":
+        return []
+    try:
+        pool = files.unmeasured(config.files)
+    except UserError as error:
+        print(f"not known which of these images were trained on: {error}", flush=True)
+        return []
+    return sorted(id for id in pairs.keys() & pool.keys() if pool[id].read() == pairs[id][0].read())
 
 
 def held_out_examples(config) -> Examples:

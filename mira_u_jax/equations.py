@@ -44,6 +44,11 @@ def mean_and_deviation(p):
     return mu, (jnp.sqrt(jnp.square(p - mu[None]).sum(0) / (m - 1)) if m > 1 else jnp.zeros_like(mu))
 
 
+def to_logits(p):
+    """Logits of probabilities, within +-13.8: no mean of passes is sure. Same shape."""
+    return jax.scipy.special.logit(jnp.clip(f32(p), 1e-6, 1 - 1e-6))
+
+
 def confidence(sigma, kappa):
     """Eq. (5): w = exp(-sigma / kappa), section 3.1.3. In (0, 1], 1 where the passes agree."""
     return jnp.exp(-f32(sigma) / kappa)

@@ -14,21 +14,16 @@ import pathlib
 import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, whole, worst
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
-from mira_u_jax.trained import NETWORKS, Predictor, at_size, mask_of
+from mira_u_jax.trained import NETWORKS, Predictor, at_size, mask_of, temperatures
 from tfds_builders import common
 from tfds_builders.common import DataError
 
 LABELLED = 256  # at most so many labelled images fit the temperature
-
-
-def to_logits(p: np.ndarray) -> np.ndarray:
-    """Logits of probabilities, within +-13.8: what is averaged has no sure pixel."""
-    return logit(np.clip(p, 1e-6, 1 - 1e-6))
 
 
 def evaluate(
@@ -42,6 +37,8 @@ def evaluate(
     """
     predictor = Predictor(workdir, network, flips, largest)
     settings, own = predictor.settings, data.DATASETS.get(name, name) == predictor.settings.dataset
+    if split == "dev" and data.DATASETS.get(name) is None:
+        raise UserError(f"--split=dev: {name} has no development images")
     if own and split == "dev" and settings.split != "dev":
         raise UserError("--split=dev: this run has trained on those images; measure runs with split=dev there")
     split = split or (settings.split if own else "test")
@@ -78,11 +75,9 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """One image's figures, and its tables that add up over images; found: maps (s, s), truth (h, w) bool.
 
-    The mean p is brought to the mask's size as its logits are, as the mask itself.
+    The mean p is brought to the mask's size as logits, as the mask itself.
     """
-    logits, mean, sigma = (
-        at_size(values, truth.shape) for values in (found["logits"], to_logits(found["mean"]), found["sigma"])
-    )
+    logits, mean, sigma = (at_size(found[name], truth.shape) for name in ("logits", "mean_logits", "sigma"))
     predicted = mask_of(logits, largest=largest)
     wrong, band = predicted != truth, boundary.band(predicted)
     counts = metrics.confusion(predicted, truth)
@@ -142,11 +137,7 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
     These are images that the network has learnt from, as all outlines it may use are: nothing else is in the budget. So a
     temperature mends what is wrong on known images too, not what is worse on new ones (docs/results.md).
     """
-    path = pathlib.Path(workdir) / "temperature.json"
-    try:
-        kept = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # not there, or not whole: it can be fitted again
-        kept = {}
+    kept = temperatures(workdir)
     if predictor.name in kept and not refit:
         return kept[predictor.name]
     if not (at_hand or refit):
@@ -161,10 +152,10 @@ def temperature(workdir, predictor: Predictor, data_dir: str, *, at_hand: bool, 
         return {}  # not at hand here
     chosen = dataset.labelled[:: -(-len(dataset.labelled) // LABELLED)]
     examples = (data.Example(str(i), *dataset.rows[i].values()) for i in chosen)
-    histograms = [calibration.histogram(to_logits(f["mean"]), e.mask / 255) for e, f in predictor(examples)]
+    histograms = [calibration.histogram(f["mean_logits"], e.mask / 255) for e, f in predictor(examples)]
     found = calibration.out_of_fold(np.stack(histograms))
     if refit:
-        write(path, kept | {predictor.name: found})
+        write(pathlib.Path(workdir) / "temperature.json", kept | {predictor.name: found})
     return found
 
 

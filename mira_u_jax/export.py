@@ -24,21 +24,23 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export(workdir, output, *, passes: int = 0, network: str = "student") -> jax.export.Exported:
     """Write `output`, its .safetensors and its .md; returns the program.
 
-    Its call takes images (n, s, s, 3) uint8 and gives {"probability", "logit", "sigma"}, (n, s, s) float32: the averaged
-    network's without dropout, and the deviation of `passes` dropout passes (0: as the run is evaluated), as predict's; over
-    flips where the run is evaluated so. Raises UserError.
+    Its call takes images (n, s, s, 3) uint8 and gives {"probability", "logit", "sigma"}, (n, s, s) float32, as predict's:
+    the mean of `passes` dropout passes of the averaged network (0: as the run is evaluated) after the run's temperature, the
+    logit without dropout, of which the mask is made, and the deviation of the passes; over flips where the run is evaluated
+    so. Raises UserError.
     """
     output = pathlib.Path(output)
     if output.suffix in (".safetensors", ".md", "") or output.is_dir():
         raise UserError(f"--output={output}: give a file such as lesion.stablehlo; .safetensors and .md come beside it")
     predictor = trained.Predictor(workdir, network)
     settings, params, passes = predictor.settings, predictor.params, passes or predictor.passes
-    size = settings.size
+    size, temperature = settings.size, predictor.temperature
 
     @jax.jit
     def program(image):
         found = trained.look(params, image, network=predictor.network, passes=passes)
-        return {"probability": jax.nn.sigmoid(found["logits"]), "logit": found["logits"], "sigma": found["sigma"]}
+        probability = jax.nn.sigmoid(found["mean_logits"] / temperature)
+        return {"probability": probability, "logit": found["logits"], "sigma": found["sigma"]}
 
     (n,) = jax.export.symbolic_shape("n")
     exported = jax.export.export(program, platforms=PLATFORMS)(jax.ShapeDtypeStruct((n, size, size, 3), np.uint8))
@@ -49,7 +51,7 @@ def export(workdir, output, *, passes: int = 0, network: str = "student") -> jax
     tree = {k: v for k, v in json.loads(settings.to_json()).items() if k not in ("data_dir", "files")}  # nobody's business
     facts = {"network": predictor.name, "size": str(size), "config": json.dumps(tree)}
     safetensors.numpy.save_file(leaves, output.with_suffix(".safetensors"), metadata=facts)
-    output.with_suffix(".md").write_text(card(workdir, output.name, settings, predictor.name, passes, leaves))
+    output.with_suffix(".md").write_text(card(workdir, output.name, predictor, passes, leaves))
     return exported
 
 
@@ -60,24 +62,25 @@ DATA = {
 }
 
 
-def card(workdir, file: str, settings, network: str, passes: int, leaves) -> str:
+def card(workdir, file: str, predictor: trained.Predictor, passes: int, leaves) -> str:
     """The model card, Markdown: what it is, what it was trained on, how it was measured, what it is not for."""
-    workdir = pathlib.Path(workdir)
+    workdir, settings = pathlib.Path(workdir), predictor.settings
     run = json.loads((workdir / "config.json").read_text())
     measured = workdir / "evaluation.json"
     parameters = sum(leaf.size for leaf in leaves.values())
     split = "a fifth of the training images, held out" if settings.split == "dev" else "its test images"
     s, versions = settings.size, ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
-    network, *views = network.split("+")
+    network, *views = predictor.name.split("+")
     names = sorted({leaf.split(".")[0] for leaf in leaves}) if network == "all" else [network]
     averaged, each = " and ".join(names), " of each" if len(names) > 1 else ""
+    heat = predictor.temperature
+    cooled = "no temperature fitted" if heat == 1 else f"its logit divided by the temperature {heat:.3f}"
     rows = {
         "network": f"the averaged {'+'.join([averaged, *views])} of a `{settings.method}` run, {parameters:,} parameters,"
         " float32",
         "input": f"`uint8 (n, {s}, {s}, 3)`, RGB, the whole photograph squashed to a square (area mean)",
-        "output": f"`probability` and `logit` of lesion, dropout off; `sigma`, the deviation of {passes} dropout"
-        f" passes{each}; "
-        f"`float32 (n, {s}, {s})`",
+        "output": f"`probability` of lesion, the mean of {passes} dropout passes{each}, {cooled}; `logit`, dropout off;"
+        f" `sigma`, the deviation of the passes; `float32 (n, {s}, {s})`",
         "mask": "`logit` resized to the photograph (bilinear, half-pixel centres): lesion where > 0"
         + (", of that the largest connected part" if settings.evaluation.largest else ""),
         "trained on": seen(settings, run.get("data", {})),
@@ -110,9 +113,8 @@ Outlines of skin lesions in dermoscopic photographs, with a map of where the net
 research, not for diagnosis or for choosing a treatment."""
 INTERVAL = """\
 Means over images at the size of the outlines; the interval is a 95% bootstrap over these images: how exact the figure is for
-images like them. It says nothing about other cameras, hospitals or skins. `ece`, `brier` and `ause` are of the
-mean probability of the dropout passes and of their deviation, what is `calibrated` after a temperature besides;
-`probability` above is without either."""
+images like them. It says nothing about other cameras, hospitals or skins. What is `calibrated` is of `probability` above
+if a temperature stands there, `ece` and `brier` of the same without a temperature, `ause` of `sigma`."""
 LIMITS = """\
 * It outlines one thing in every photograph. It does not say whether that is a lesion, nor of which kind.
 * ISIC-2016 and PH2 are dermoscopic images, mostly of light skin. It has not been measured on photographs by phone, on dark

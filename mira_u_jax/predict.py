@@ -7,8 +7,9 @@ input: find photos -name '*.jpg' | python -m mira_u_jax.predict --input=- ...
 
 FOLDER gets, at the size of each image, <id>_mask.png (0 or 255), <id>_overlay.png (the outline, and in red where the passes
 disagree), <id>_sigma.png (that disagreement: value / 510, from 0 to .5), with --probability also <id>_probability.png (value
-/ 255, for a threshold of your own) and one line in predictions.csv. A file that cannot
-be read is left out and named at the end, and in failed.txt; the exit status is then 2.
+/ 255: the mean of the passes after the run's temperature, of which calibration is measured) and one line in predictions.csv,
+whose other lines, of earlier calls, stay. A file that cannot be read is left out and named at the end, and in failed.txt;
+the exit status is then 2.
 """
 
 import collections
@@ -16,6 +17,7 @@ import concurrent.futures
 import csv
 import dataclasses
 import functools
+import io
 import pathlib
 import sys
 import time
@@ -68,8 +70,8 @@ def predict(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
-    sheet = output / "predictions.csv"
-    for path in (sheet, *(output / f"{id}_{part}.png" for id in files for part in inputs.PARTS)):
+    sheet, report = output / "predictions.csv", output / "failed.txt"
+    for path in (sheet, report, *(output / f"{id}_{part}.png" for id in files for part in inputs.PARTS)):
         if foreign(path):  # an outline drawn by hand, perhaps
             raise UserError(f"{path} is not of predict's making and would be overwritten: give another --output")
     batch = min(batch or predictor.batch, len(files))
@@ -85,22 +87,32 @@ def predict(
                 failed[id] = str(item)
                 progress.add()
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool, sheet.open("w", newline="") as f:
+    keep_others(sheet, files)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool, sheet.open("a", newline="") as f:
         table = csv.writer(f)
-        table.writerow(COLUMNS)
         read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), threads)
         looked = (item for group in batched(good(read), batch) for item in with_maps(step, group, batch))
-        write = functools.partial(write_item, output=output, probability=probability, largest=predictor.largest)
+        heat = predictor.temperature if probability else None
+        write = functools.partial(write_item, output=output, temperature=heat, largest=predictor.largest)
         for row in ahead(pool, write, looked, threads):
             table.writerow(row)
             f.flush()
             progress.add()
     progress.close()
-    report = output / "failed.txt"
     report.unlink(missing_ok=True)  # of an earlier call
     if failed:
         report.write_text("".join(f"{files[id]}\t{why}\n" for id, why in failed.items()))
     return failed
+
+
+def keep_others(sheet: pathlib.Path, ids):
+    """Leave predictions.csv with its header and those rows of earlier calls, whole ones, whose image is not one of `ids`."""
+    before, text = [], io.StringIO(newline="")
+    if sheet.exists():
+        with sheet.open(newline="") as f:
+            before = list(csv.reader(f))[1:]
+    csv.writer(text).writerows([COLUMNS, *(row for row in before if len(row) == len(COLUMNS) and row[0] not in ids)])
+    whole.write(sheet, text.getvalue())
 
 
 def ahead(pool, function, items, count: int):
@@ -134,8 +146,8 @@ def with_maps(step, items, batch: int):
     return items
 
 
-def write_item(item: Item, *, output: pathlib.Path, probability: bool = False, largest: bool = False) -> tuple:
-    """Write the pictures of an item and return its row of predictions.csv."""
+def write_item(item: Item, *, output: pathlib.Path, temperature: float | None = None, largest: bool = False) -> tuple:
+    """Write the pictures of an item, that of its probability only at a temperature; returns its row of predictions.csv."""
     started, shape = time.perf_counter(), item.pixels.shape
     logits = at_size(item.maps["logits"], shape)
     mask = mask_of(logits, largest=largest)
@@ -143,8 +155,9 @@ def write_item(item: Item, *, output: pathlib.Path, probability: bool = False, l
     save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)
     save(output / f"{item.id}_sigma.png", (sigma * 510).clip(0, 255).round().astype(np.uint8))
     save(output / f"{item.id}_overlay.png", overlay(item.pixels, mask, sigma))
-    if probability:
-        save(output / f"{item.id}_probability.png", (expit(logits) * 255).round().astype(np.uint8))
+    if temperature:
+        p = expit(at_size(item.maps["mean_logits"], shape) / temperature)
+        save(output / f"{item.id}_probability.png", (p * 255).round().astype(np.uint8))
     edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
     seconds = item.seconds + time.perf_counter() - started
     shown = (mask.mean(), item.maps["sigma"].mean(), selective.doubt(sigma, mask))
@@ -157,15 +170,17 @@ def save(path: pathlib.Path, pixels: np.ndarray):
 
 
 def foreign(path: pathlib.Path) -> bool:
-    """Whether a file is there that predict did not write: a picture without its signature, a table without its columns.
+    """Whether a file is there that predict did not write: a picture without its signature, a table of other columns.
 
     An empty table is of a call that ended before its first row.
     """
     try:
+        if path.suffix == ".txt":
+            return not all(b"\t" in line for line in path.read_bytes().splitlines())
         if path.suffix == ".csv":
             with path.open("rb") as table:
                 header = table.readline()
-            return bool(header) and not header.startswith(",".join(COLUMNS[:2]).encode())
+            return bool(header) and header.strip() != ",".join(COLUMNS).encode()
         with Image.open(path) as image:
             return image.info.get("Software") != SOFTWARE
     except FileNotFoundError:
@@ -232,7 +247,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("passes", 0, "Dropout passes behind sigma; 0: as the run is evaluated.")
     flags.DEFINE_integer("batch", 0, "Images at once; 0: by their size.")
     flags.DEFINE_integer("threads", 4, "Threads that read and write.")
-    flags.DEFINE_bool("probability", False, "Write <id>_probability.png too: of lesion, value / 255.")
+    flags.DEFINE_bool("probability", False, "Write <id>_probability.png too: of lesion, calibrated, value / 255.")
     flags.DEFINE_bool("largest", None, "Keep the largest connected part of each mask; default as the run is evaluated.")
     flags.DEFINE_bool("flips", None, "Average over the four flips of an image; default as the run is evaluated.")
     flags.DEFINE_enum("network", "student", trained.NETWORKS, "Whose average predicts; all: the mean of both.")

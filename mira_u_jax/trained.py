@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 
 import cv2
@@ -73,10 +74,12 @@ def load(workdir, settings, network: str, flips: bool):
 
 
 def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax.Array]:
-    """{"logits", "mean", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
+    """{"logits", "mean_logits", "sigma"}, (b, s, s) float32 each, of uint8 images (b, s, s, 3). Eq. (4) at prediction.
 
-    logits: dropout off; mean in [0, 1] and sigma in [0, .71] over `passes` dropout passes (of each network that is
-    Together). All images meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch.
+    logits: dropout off, of which the mask is made; mean_logits: of the mean probability over `passes` dropout passes (of
+    each network that is Together), of which a temperature makes the calibrated one; sigma in [0, .71]: their deviation. All
+    images meet the same thinned networks, drawn by `seed`: what one gets does not depend on its batch. Where the network is
+    Mirrored each of the four views meets a thinned network of its own, so a pass is the mean of four and sigma is smaller.
     """
     key = named(jax.random.key(seed), "predict")
 
@@ -84,7 +87,16 @@ def look(params, image, *, network, passes: int, seed: int = 0) -> dict[str, jax
         return pseudo.teacher_passes(network, params, image[None], key, passes)[:, 0]
 
     mean, sigma = equations.mean_and_deviation(jax.vmap(one, out_axes=1)(steps.to_float(image)))
-    return {"logits": steps.eval_step(params, image, network=network), "mean": mean, "sigma": sigma}
+    logits = steps.eval_step(params, image, network=network)
+    return {"logits": logits, "mean_logits": equations.to_logits(mean), "sigma": sigma}
+
+
+def temperatures(workdir) -> dict[str, dict]:
+    """DIR/temperature.json: by Predictor.name what was fitted on the run's labelled images; {} where nothing is whole."""
+    try:
+        return json.loads((pathlib.Path(workdir) / "temperature.json").read_text())
+    except (FileNotFoundError, ValueError):  # it can be fitted again
+        return {}
 
 
 class Predictor:
@@ -103,6 +115,8 @@ class Predictor:
         self.largest = self.settings.evaluation.largest if largest is None else largest
         self.network, self.params = load(workdir, self.settings, network, self.flips)
         self.name = network + ("+flips" if self.flips else "")
+        # of the probability that predict and export give; 1, none, where it was not fitted for this network and its views
+        self.temperature = temperatures(workdir).get(self.name, {}).get("temperature") or 1.0
         self.batch = batch_of(self.settings.size)
         self.step = jax.jit(functools.partial(look, network=self.network, passes=self.passes))
 

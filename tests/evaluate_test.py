@@ -12,7 +12,7 @@ import pytest
 import scipy.ndimage
 from ml_collections import FrozenConfigDict
 from PIL import Image
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from mira_u_jax import (
     boundary,
@@ -31,6 +31,7 @@ from mira_u_jax import (
 from mira_u_jax.errors import UserError
 from mira_u_jax.rng import named
 
+SETTINGS = FrozenConfigDict({"size": 32, "dataset": "synthetic_lesions"})
 PROMISED = {  # in results/*.json and DIR/evaluation.json, for whoever reads them
     "dataset", "images", "dice", "iou", "accuracy", "precision", "recall", "dice_pooled", "iou_pooled", "hd95", "assd",
     "missed", "failure_rate", "ece", "ause", "ci95",
@@ -130,15 +131,15 @@ def test_maps_are_the_network_without_dropout_and_its_passes(tiny_data):
     np.testing.assert_allclose(found["logits"], network(SLOPE, x), rtol=1e-4, atol=1e-5)
     key = named(jax.random.key(0), "predict")
     p = jnp.concatenate([pseudo.teacher_passes(network, SLOPE, x[i : i + 1], key, 6) for i in range(3)], 1)
-    np.testing.assert_allclose(found["mean"], p.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(expit(found["mean_logits"]), p.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["sigma"], equations.mean_and_deviation(p)[1], rtol=1e-4, atol=1e-5)
-    assert found["sigma"].mean() > 0.05 and (found["mean"] > 0.5).mean() != (found["logits"] > 0).mean()
+    assert found["sigma"].mean() > 0.05 and (found["mean_logits"] > 0).mean() != (found["logits"] > 0).mean()
     alone = trained.look(SLOPE, image[2:], network=network, passes=6)
     np.testing.assert_allclose(alone["sigma"][0], found["sigma"][2], rtol=1e-4, atol=1e-5)
 
 
 def test_logits_of_what_is_sure_are_finite():
-    found = evaluate.to_logits(np.array([0, 0.25, 1], np.float32))
+    found = equations.to_logits(np.array([0, 0.25, 1], np.float32))
     np.testing.assert_allclose(found, [-13.8, np.log(1 / 3), 13.8], rtol=2e-2)
     assert np.abs(found).max() < calibration.REACH
 
@@ -199,17 +200,16 @@ def known():
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:16, :16]
     logits = (5 - np.hypot(y - 8, x - 7)).astype(np.float32)
-    mean = expit(logits + rng.normal(0, 0.3, logits.shape)).astype(np.float32)
+    mean = (logits + rng.normal(0, 0.3, logits.shape)).astype(np.float32)
     sigma = rng.uniform(0, 0.4, logits.shape).astype(np.float32)
     truth = np.zeros((40, 64), bool)
     truth[8:34, 14:44] = True
-    return Measured({"logits": logits, "mean": mean, "sigma": sigma}, truth)
+    return Measured({"logits": logits, "mean_logits": mean, "sigma": sigma}, truth)
 
 
 def test_an_image_is_measured_at_the_masks_resolution(known):
     row, tables = evaluate.measure(known.found, known.truth)
-    z, sigma = (cv2.resize(known.found[name], (64, 40)) for name in ("logits", "sigma"))
-    mean = cv2.resize(logit(known.found["mean"]), (64, 40))
+    z, mean, sigma = (cv2.resize(known.found[name], (64, 40)) for name in ("logits", "mean_logits", "sigma"))
     predicted = z > 0  # from the pass without dropout, whatever the mean says
     wrong, band = predicted != known.truth, boundary.band(predicted)
     assert 0 < wrong.sum() < 400 and 0 < band.sum() < band.size
@@ -278,7 +278,7 @@ def test_a_temperature_changes_the_calibrated_figures_only(known):
     plain, cooled = evaluate.summary([row], [tables]), evaluate.summary([row], [tables], 3.0)
     assert {k for k in cooled if k not in plain} == {"ece_calibrated", "ece_band_calibrated"}
     assert all(cooled[k] == plain[k] for k in plain if k not in ("temperature", "ci95"))
-    cooler = cv2.resize(logit(known.found["mean"]) / 3, (64, 40))
+    cooler = cv2.resize(known.found["mean_logits"] / 3, (64, 40))
     wanted = calibration.reliability(calibration.histogram(cooler, known.truth))
     assert cooled["ece_calibrated"] == pytest.approx(float(calibration.ece(wanted)), abs=2e-3) != cooled["ece"]
 
@@ -304,7 +304,7 @@ class Red:
 
     def __call__(self, examples):
         for example in examples:
-            yield example, {"mean": expit(0.05 * (120.0 - example.image[..., 0]))}
+            yield example, {"mean_logits": 0.05 * (120.0 - example.image[..., 0])}
 
 
 def test_temperature_comes_from_the_labelled_images_and_is_kept(tmp_path, tiny_data, training, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_run_from_before_the_keys_is_measured_as_they_default(run, tmp_path):
 
 
 def test_only_the_images_that_are_drawn_are_looked_at_again(run, folder, measured):
-    predictor, examples = trained.Predictor(run), data.folder(folder, 32)
+    predictor, examples = trained.Predictor(run), data.folder(folder, SETTINGS)
     dice = np.array([float(row["dice"]) for row in measured[1]])
     picked = evaluate.best_middle_worst(dice, each=1)
     assert len(set(picked)) == 3 and np.argmax(dice) == picked[0] and dice[picked[-1]] == dice.min()
@@ -378,3 +378,8 @@ def test_masks_of_the_other_polarity_are_told_of(run, folder, tmp_path, capsys):
 def test_development_images_that_a_run_has_learnt_from_are_not_measured_on(smoke_run):
     with pytest.raises(UserError, match="--split=dev: this run has trained on"):
         evaluate.evaluate(smoke_run, "isic2016", split="dev")
+
+
+def test_a_folder_has_no_development_images(smoke_run, folder):
+    with pytest.raises(UserError, match="--split=dev: .* has no development images"):
+        evaluate.evaluate(smoke_run, str(folder), split="dev")

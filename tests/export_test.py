@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -37,6 +38,7 @@ def test_the_file_gives_the_same_without_our_package(smoke_run, tmp_path, tiny_d
     """In a process that has only jax, by the lines of docs/usage.md, for two numbers of images."""
     result = {"dataset": "isic2016", "images": 12, "missed": 1, "dice": 0.8765, "ci95": {"dice": [0.81, 0.93]}}
     (smoke_run / "evaluation.json").write_text(json.dumps(result))
+    (smoke_run / "temperature.json").write_text(json.dumps({"student": {"temperature": 1.7}}))
     export.export(smoke_run, tmp_path / "out" / "lesion.stablehlo", passes=3)
     (lines,) = re.findall(r"```python\n(# without mira_u_jax.*?)```", USAGE.read_text(), re.DOTALL)
     lines = lines.replace('"lesion.stablehlo"', "sys.argv[1]").replace('"images.npy"', "sys.argv[2]")
@@ -51,7 +53,8 @@ def test_the_file_gives_the_same_without_our_package(smoke_run, tmp_path, tiny_d
         subprocess.run([sys.executable, "-c", LOADER.format(lines), *args], check=True, cwd=tmp_path)
         found, own = np.load(tmp_path / "found.npz"), wanted(image)
         assert found["probability"].shape == found["sigma"].shape == (count, 32, 32)
-        np.testing.assert_allclose(found["probability"], jax.nn.sigmoid(own["logits"]), atol=1e-5)
+        np.testing.assert_allclose(found["probability"], jax.nn.sigmoid(own["mean_logits"] / 1.7), atol=1e-5)
+        assert abs(found["probability"] - jax.nn.sigmoid(own["mean_logits"])).max() > 1e-3
         np.testing.assert_allclose(found["sigma"], own["sigma"], atol=1e-5)
         np.testing.assert_allclose(found["logit"], own["logits"], atol=1e-4)
         assert found["probability"].std() > 1e-3
@@ -64,7 +67,8 @@ def test_the_file_gives_the_same_without_our_package(smoke_run, tmp_path, tiny_d
     exported = jax.export.deserialize(bytearray((tmp_path / "out" / "lesion.stablehlo").read_bytes()))
     assert exported.platforms == export.PLATFORMS
     card = (tmp_path / "out" / "lesion.md").read_text()
-    for said in ("0.8765 | 0.8100 to 0.9300", "Not a medical device", "12 images", "ISIC-2016", f"{settings.size}, 3"):
+    figures = "0.8765 | 0.8100 to 0.9300"
+    for said in ("temperature 1.700", figures, "Not a medical device", "12 images", "ISIC-2016", f"{settings.size}, 3"):
         assert said in card, said
     assert str(smoke_run) not in card
     assert steps.network_names(settings) == ("student",)
@@ -74,7 +78,11 @@ def test_a_card_has_figures_of_its_own_network_only(smoke_run):
     result = {"dataset": "isic2016", "images": 12, "missed": 1, "dice": 0.8765, "ci95": {"dice": [0.81, 0.93]}}
     (smoke_run / "evaluation.json").write_text(json.dumps(result | {"network": "student"}))
     settings = configuration.load(smoke_run)
-    cards = {name: export.card(smoke_run, "f", settings, name, 3, {}) for name in ("student", "student+flips", "vit")}
+    cards = {
+        name: export.card(smoke_run, "f", types.SimpleNamespace(settings=settings, name=name, temperature=t), 3, {})
+        for name, t in (("student", 1.25), ("student+flips", 1.0), ("vit", 1.0))
+    }
+    assert "temperature 1.250" in cards["student"] and "no temperature" in cards["vit"]
     assert "0.8765" in cards["student"] and "0.8765" in cards["student+flips"]
     assert "0.8765" not in cards["vit"] and "not evaluated" in cards["vit"]
 

@@ -1,5 +1,7 @@
 """Folders of one's own: what is found and what is wrong, who is labelled and held out, what must not come in."""
 
+import shutil
+
 import cli_test
 import ml_collections
 import numpy as np
@@ -13,6 +15,7 @@ from mira_u_jax import config as configuration
 from mira_u_jax import data, files
 from mira_u_jax.errors import UserError
 from tfds_builders import build, common
+from tfds_builders.isic2016 import isic2016_dataset_builder
 
 NAMES = [f"mole {i:02d}" for i in range(12)]  # with a space, as people have them
 
@@ -90,6 +93,49 @@ def test_a_share_is_held_out_and_an_image_stays_on_its_side():
     names = [f"ISIC_{i:07d}" for i in range(3000)]
     held = {share: {n for n in names if files.held_out(n, share)} for share in (0, 0.2, 0.5)}
     assert not held[0] and held[0.2] < held[0.5] and 0.17 < len(held[0.2]) / 3000 < 0.23
+
+
+def test_what_a_run_was_trained_on_is_not_measured(mine, capsys):
+    """In a folder that holds the run's images too; another image under a known name is measured."""
+    own, other = config(mine, holdout=0.4), mine / "other"
+    for i, name in enumerate(NAMES):
+        for part, pixels in zip(("images", "masks"), lesion(i, (64, 48) if i == 3 else (40, 30)), strict=True):
+            (other / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(other / part / f"{name}.png")
+    for path in (mine / "images").rglob("*.jpg"):
+        (other / "images" / f"{path.stem}.png").unlink()
+        shutil.copy(path, other / "images")
+
+    def measured():
+        return [e.id for e in data.evaluation_set(str(other), own, split="test", data_dir="")]
+
+    held = [name for name in NAMES[:8] if files.held_out(name, 0.4)]
+    assert 0 < len(held) < 8 and measured() == held
+    learnt = next(name for name in NAMES if name not in held)
+    assert f"left out: {12 - len(held)} of 12 images, as {learnt}, were trained on" in capsys.readouterr().out
+    (path,) = (other / "images").glob(f"{learnt}.*")
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert measured() == sorted([*held, learnt])
+    for name in (*held, learnt):
+        for path in other.rglob(f"{name}.*"):
+            path.unlink()
+    with pytest.raises(UserError, match="nothing is left to measure on"):
+        measured()
+    (mine / "images").rename(mine / "moved")
+    assert len(measured()) == 11 - len(held) and "not known which" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_an_archive_is_measured_without_the_images_of_isic_2016_that_taught(tmp_path, tiny_config, split):
+    ids = isic2016_dataset_builder.official_ids("train")[:40] + ["ISIC_0999999"]
+    for id in ids:
+        for part, pixels in zip(("images", "masks"), lesion(0), strict=True):
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / part / f"{id}{'_Segmentation' if part == 'masks' else ''}.png")
+    settings = tiny_config(f"split={split}", dataset="isic2016")
+    left = [e.id for e in data.evaluation_set(str(tmp_path), settings, split="test", data_dir="")]
+    assert left == [id for id in ids if id == ids[-1] or split == "dev" and common.is_dev("isic2016", id)]
+    assert (len(left) > 1) == (split == "dev")
 
 
 def broken(mine):

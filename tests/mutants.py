@@ -192,12 +192,18 @@ MUTANTS = [Mutant(*fields) for fields in (
     # people's own images
     ("held-out images are trained on", "data.py", "picked = [i for i, id in enumerate(ids) if id not in held]",
      "picked = [i for i, id in enumerate(ids)]", "tests/files_test.py -k held_out"),
+    ("images that taught are measured", "data.py", "sorted(pairs.keys() - set(known))", "sorted(pairs)",
+     "tests/files_test.py -k not_measured"),
     ("test images come in under another name", "data.py", "if fingerprint(pixels) in prints else None",
      "if fingerprint(pixels) in () else None", "tests/files_test.py -k extra"),
     ("masks of PH2 are predicted on", "inputs.py", "if not NO_IMAGE.search(at.as_posix()) and not", "if not",
      "tests/predict_test.py -k outlines_of"),
     ("sigma on the mask's file", "predict.py", 'save(output / f"{item.id}_mask.png", mask.astype(np.uint8) * 255)',
      'save(output / f"{item.id}_mask.png", (sigma * 510).astype(np.uint8))', "tests/predict_test.py -k lie_on"),
+    ("a call drops the lines of earlier ones", "predict.py", "and row[0] not in ids", "and False",
+     "tests/predict_test.py -k adds_to"),
+    ("a probability that nobody measured", "predict.py", 'item.maps["mean_logits"], shape) / temperature',
+     'item.maps["logits"], shape)', "tests/predict_test.py -k probabilities"),
     ("the whole folder is read at once", "predict.py", "if len(queue) > count:", "if len(queue) > 100 * count:",
      "tests/predict_test.py -k under_way"),
     # measurement, continued

@@ -113,6 +113,32 @@ def test_a_table_of_somebody_elses_is_not_overwritten(tmp_path, darkness):
     assert table.read_text() == "id,diagnosis\na,naevus\n"
 
 
+def test_a_list_of_failures_of_somebody_elses_is_not_overwritten(tmp_path, darkness):
+    draw(tmp_path / "a.png")
+    (note := tmp_path / "out" / "failed.txt").parent.mkdir()
+    note.write_text("patients who did not come\n")
+    with pytest.raises(UserError, match="failed.txt is not of predict's making.*another --output"):
+        run([tmp_path / "a.png"], tmp_path / "out")
+    assert note.read_text() == "patients who did not come\n"
+
+
+def test_a_call_adds_to_what_earlier_calls_found(tmp_path, darkness):
+    """The lines of other images stay, those of these are written anew; a line that was cut off goes."""
+    for name, size in (("a", (64, 64)), ("b, the other", (48, 48)), ("c", (64, 32))):
+        draw(tmp_path / f"{name}.png", size, (8, 8, 24, 24))
+    output = tmp_path / "out"
+    table = output / "predictions.csv"
+    run([tmp_path / "a.png", tmp_path / "b, the other.png"], output)
+    first = table.read_text().splitlines()
+    table.write_text("\n".join([*first, "c,0.1"]))
+    draw(tmp_path / "a.png", (64, 64))  # no lesion now
+    run([tmp_path / "a.png", tmp_path / "c.png"], output)
+    with table.open(newline="") as f:
+        rows = {row["id"]: row for row in csv.DictReader(f)}
+    assert list(rows) == ["b, the other", "a", "c"] and table.read_text().splitlines()[:2] == [first[0], first[2]]
+    assert float(rows["a"]["area_share"]) == 0 < float(rows["c"]["area_share"]) and float(rows["c"]["seconds"]) > 0
+
+
 @pytest.mark.parametrize("content", [None, b"no picture"])
 def test_an_outline_drawn_by_hand_is_not_overwritten(tmp_path, darkness, content):
     """a_mask.png beside a.png is what files.py takes for an outline; predict's own may be written again."""
@@ -150,9 +176,9 @@ def darkness(monkeypatch, tiny_config):
         traced.append(image.shape)
         dark = 0.5 - image.astype(jnp.float32).mean(-1) / 255
         left = jnp.broadcast_to(jnp.arange(image.shape[2]) < image.shape[2] // 2, dark.shape)
-        return {"logits": 20 * dark, "mean": jax.nn.sigmoid(20 * dark), "sigma": jnp.where(left, 0.25, 0.0)}
+        return {"logits": 20 * dark, "mean_logits": 15 * dark, "sigma": jnp.where(left, 0.25, 0.0)}
 
-    fake = types.SimpleNamespace(settings=tiny_config(), params=None, network=None, batch=2, passes=2)
+    fake = types.SimpleNamespace(settings=tiny_config(), params=None, network=None, batch=2, passes=2, temperature=1.5)
     monkeypatch.setattr(trained, "look", look)
     monkeypatch.setattr(
         trained, "Predictor",
@@ -200,12 +226,13 @@ def test_masks_lie_on_the_lesion_at_the_size_of_the_image(tmp_path, darkness):
 
 
 def test_probabilities_are_written_when_asked_for(tmp_path, darkness):
+    """Of the mean of the passes after the temperature, as evaluation measures what it calls calibrated."""
     draw(tmp_path / "in.png", (64, 48), (32, 0, 64, 48))
     run([tmp_path / "in.png"], tmp_path / "out", probability=True)
     found, mask = (np.asarray(Image.open(tmp_path / "out" / f"in_{name}.png")) for name in ("probability", "mask"))
     np.testing.assert_array_equal(found >= 128, mask > 0)
-    logit = 20 * (0.5 - np.mean([60, 40, 30]) / 255)  # of the dark side
-    assert found.shape == (48, 64) and found[24, 60] == round(255 / (1 + np.exp(-logit))) and found[24, 4] < 10
+    logit = 15 / 1.5 * (0.5 - np.mean([60, 40, 30]) / 255)  # of the dark side
+    assert found.shape == (48, 64) and found[24, 60] == round(255 / (1 + np.exp(-logit))) and found[24, 4] < 20
 
 
 def test_the_largest_part_is_kept_when_asked_for(tmp_path, darkness):
@@ -289,7 +316,7 @@ def test_what_an_image_gets_is_eval_step_and_the_passes_whatever_the_batch(netwo
     assert found["sigma"].shape == (3, 32, 32) and (found["sigma"] > 0).mean() > 0.5
     for name, values in look(image[::-1]).items():
         np.testing.assert_allclose(values[::-1], found[name], atol=1e-4)
-    assert np.abs(found["mean"] - jax.nn.sigmoid(logits)).max() > 1e-4  # dropout is on
+    assert np.abs(jax.nn.sigmoid(found["mean_logits"]) - jax.nn.sigmoid(logits)).max() > 1e-4  # dropout is on
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
