@@ -11,11 +11,12 @@ from mira_u_jax.errors import UserError
 
 KEYS = {  # after the colon, in every file here -> type
     "frac": float, "label_seed": int, "seed": int, "size": int, "preset": str, "method": str, "ablate": str, "teacher": str,
-    "pseudo_label": str, "batch": int, "split": str, "data_dir": str,
+    "pseudo_label": str, "batch": int, "split": str, "data_dir": str, "init": str,
 }
 SHORT = {  # keys that are leaves
     "teacher": "teacher.source", "pseudo_label": "pseudo.label", "batch": "train.batch", "images": "files.images",
     "masks": "files.masks", "holdout": "files.holdout", "extra": "files.extra", "skip": "files.skip",
+    "init": "files.init",
 }
 
 
@@ -39,6 +40,7 @@ def tree() -> ml_collections.ConfigDict:
         images="", masks="",  # dataset=folder: folders, outlines of some images
         holdout=0.2,  # share of the outlined images that is measured on, by a hash of the name
         extra="",  # isic2016: a folder of more images without outlines
+        init="",  # the folder of a run whose averages this one starts from
         skip=0,  # 1 goes on without files that are wrong
     )
     c.split = "test"  # dev: choices are made on a fifth of the training images, see docs/data.md

@@ -33,6 +33,14 @@ def open_manager(workdir, stage: str, *, keep: int = 2) -> Manager:
     return Manager(folder(workdir, stage), options=options)
 
 
+def begun(workdir, stage: str) -> bool:
+    """Whether a stage has a checkpoint, intact or not."""
+    if not folder(workdir, stage).is_dir():
+        return False
+    with open_manager(workdir, stage) as manager:
+        return manager.latest_step() is not None
+
+
 def folder(workdir, stage: str) -> pathlib.Path:
     return (pathlib.Path(workdir) / "checkpoints" / stage).resolve()
 

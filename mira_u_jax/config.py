@@ -12,7 +12,7 @@ from mira_u_jax import whole
 from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
-FOLDERS = ("images", "masks", "extra")  # keys of `files` that name one
+FOLDERS = ("images", "masks", "extra", "init")  # keys of `files` that name one
 # Keys, and branches of keys, that change no result: where data and parameters lie, what is kept, what is computed at once.
 TRANSPORT = (
     "data_dir", "data", "mesh", "train.keep", "train.log_every", "train.save_every", "train.figures_every", "teacher.chunk",
@@ -21,7 +21,7 @@ TRANSPORT = (
 # Keys that older runs do not have, with the value that changes nothing: with it a run is the same as without the key.
 LATER = {
     "train.precision": "float32", "teacher.chunk": 0, "evaluation.passes": 8, "evaluation.flips": False, "files.extra": "",
-    "augment.upright": False, "evaluation.largest": False,
+    "files.init": "", "augment.upright": False, "evaluation.largest": False,
 }
 RENAMED = {"student.heads": "student.outputs"}  # keys of older runs
 
@@ -43,6 +43,7 @@ RULES = {
     "files.images": ("the path of a folder", lambda v: isinstance(v, str)),
     "files.masks": ("the path of a folder", lambda v: isinstance(v, str)),
     "files.extra": ("the path of a folder", lambda v: isinstance(v, str)),
+    "files.init": ("the folder of a run", lambda v: isinstance(v, str)),
     "files.holdout": ("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1),
     "files.skip": ("0 or 1", lambda v: v in (0, 1)),
     "mesh.fsdp": ("True or False", lambda v: isinstance(v, bool)),
@@ -288,6 +289,11 @@ def decides(config) -> dict:
     return {k: v for k, v in leaves.items() if own or not k.startswith("files.")}
 
 
+def settled(config) -> dict:
+    """`decides`, but of a folder of images only that there is one: it may move, and the digest tells it from others."""
+    return {k: bool(v) if k in ("files.images", "files.masks", "files.extra") else v for k, v in decides(config).items()}
+
+
 def without_paths(files: dict) -> dict:
     """The branch `files` of a configuration, as dict, without saying where a folder lies; {} where it names none."""
     given = {name: bool(files.get(name)) for name in FOLDERS}
@@ -331,7 +337,7 @@ def save(config, workdir, facts: dict, data: dict | None = None):
     """
     path, kept = pathlib.Path(workdir) / "config.json", facts | ({"data": data} if data else {})
     if path.exists():
-        old, new = decides(load(workdir)), decides(config)
+        old, new = settled(load(workdir)), settled(config)
         differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if differ:
             k = differ[0]

@@ -142,26 +142,30 @@ def folder_set(config) -> TrainingSet:
 
 
 def extra_images(config, builder) -> files.Found:
-    """The images of config.files.extra but those that are measured on: equal in id or, decoded and squashed, in pixels."""
-    size = builder.builder_config.size
-    ids, prints = set(isic2016_dataset_builder.official_ids("test")), set()
+    """The images of config.files.extra but those that are measured on, or in the pool already.
+
+    Equal in id or, decoded and squashed, in pixels.
+    """
+    size, why = builder.builder_config.size, {True: "measured on", False: "in the pool already"}
+    known = dict.fromkeys(isic2016_dataset_builder.official_ids("test"), why[True])  # id or fingerprint: why
 
     def fingerprint(pixels):
         return hashlib.sha256(common.squash(pixels, size) if size else pixels).digest()
 
-    measured = [(builder, "test"), *([(builder, "train")] if config.split == "dev" else [])]
+    sources = [(builder, "train"), (builder, "test")]
     if config.split == "test" and config.test != config.dataset:
-        measured.append((prepared(config.test, config.size, config.data_dir), "test"))
-    for source, part in measured:
+        sources.append((prepared(config.test, config.size, config.data_dir), "test"))
+    for source, part in sources:
         for row in source.as_data_source(split=part, decoders=UNDECODED):
-            if part == "test" or row["dev"]:
-                ids.add(row["id"].decode())
-                prints.add(fingerprint(np.asarray(common.decode(row["image"], row["id"]).convert("RGB"))))
+            reason = why[part == "test" or config.split == "dev" and bool(row["dev"])]
+            pixels = np.asarray(common.decode(row["image"], row["id"]).convert("RGB"))
+            known |= {row["id"].decode(): reason, fingerprint(pixels): reason}
 
     def duplicate(id, pixels):
-        if id in ids:
-            return "of a name that is measured on"
-        return "equal to an image that is measured on" if fingerprint(pixels) in prints else None
+        if id in known:
+            return f"of a name that is {known[id]}"
+        found = known.get(fingerprint(pixels))
+        return found and f"equal to an image that is {found}"
 
     return sound(files.check(config.files.extra, key="extra", threads=config.data.threads, refuse=duplicate), config)
 

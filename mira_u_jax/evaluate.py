@@ -44,6 +44,7 @@ def evaluate(
     split = split or (settings.split if own else "test")
     data_dir = data_dir or settings.data_dir
     examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir)
+    (pathlib.Path(workdir) / "figures").mkdir(exist_ok=True)  # where it cannot be written to, say so before the work
     rows, tables, inverted = [], [], 0
     for example, found in predictor(examples):
         row, table = measure(found, example.mask, largest=predictor.largest)
@@ -234,6 +235,8 @@ def finish(workdir):
     run["config"]["files"] = config.without_paths(run["config"].get("files", {}))
     if not run["config"]["files"]:
         del run["config"]["files"]
+    if (began := workdir / "init.json").exists():
+        run["init"] = json.loads(began.read_text())
     seconds = round(Logger.seconds(workdir))
     write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})
     print(table(result), flush=True)

@@ -105,7 +105,9 @@ def seen(settings, data: dict) -> str:
     if data:
         more = ", some of them added by the person who trained it," if settings.files.extra else ""
         used = f"{data['labelled']} of {data['images']} images{more}"
-    return f"{DATA[settings.dataset]}; outlines of {used} used, label seed {settings.label_seed}, seed {settings.seed}"
+    began = ", starting from the weights of another run, which learned from images of its own" if settings.files.init else ""
+    said = f"outlines of {used} used, label seed {settings.label_seed}, seed {settings.seed}"
+    return f"{DATA[settings.dataset]}; {said}{began}"
 
 
 INTENDED = """\

@@ -20,7 +20,7 @@ import sys
 from absl import flags
 
 from configs import common, tables
-from mira_u_jax import command, whole
+from mira_u_jax import command, data, whole
 from mira_u_jax.errors import UserError
 
 MASKS = {"all": "--network=all", "flips": "--flips", "largest": "--largest"}  # what may follow a data set in --also
@@ -143,11 +143,13 @@ def start(module: str, *args: str, lock) -> int:
 
 
 def check_also(also: list[str]):
-    """UserError for an evaluation that is not DATASET[+all][+flips][+largest]."""
+    """UserError for an evaluation that is not DATASET[+all][+flips][+largest], of a data set or a folder."""
     for what in also:
         dataset, *masks = what.split("+")
         if not dataset or not set(masks) <= MASKS.keys():
             raise UserError(f"--also={what}: write DATASET, and after it none or some of +{', +'.join(MASKS)}")
+        if dataset not in data.DATASETS and not pathlib.Path(dataset).is_dir():
+            raise UserError(f"--also={what}: {dataset} is neither one of {', '.join(data.DATASETS)} nor a folder")
 
 
 def chosen(names: list[str], index: int | None, shard: str | None) -> list[str]:

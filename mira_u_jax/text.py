@@ -1,5 +1,6 @@
 """How figures, intervals and tables of runs are written."""
 
+import hashlib
 import re
 
 from mira_u_jax import consistency, runs
@@ -49,8 +50,9 @@ def percent(group: runs.Group) -> str:
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")
+    """A text as part of a file name, which may hold 255 bytes: where it is long its end is eight digits of its SHA-256."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")
+    return name if len(name) <= 80 else f"{name[:71]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def markdown(table: Table) -> str:

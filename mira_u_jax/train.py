@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import itertools
+import json
 import pathlib
 import platform
 import subprocess
@@ -11,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from mira_u_jax import checkpoint, cluster, data, figures, metrics, sharding, steps, trained
+from mira_u_jax import checkpoint, cluster, data, figures, initial, metrics, sharding, steps, trained, whole
 from mira_u_jax import config as configuration
 from mira_u_jax.errors import Preempted, UserError
 from mira_u_jax.logger import Logger
@@ -23,6 +24,8 @@ def run(config, workdir):
     mesh = sharding.make_mesh()
     if key := sharding.misfit(config, mesh.size):
         raise UserError(f"config key {key} on {mesh.size} devices")
+    if config.files.init and not checkpoint.begun(workdir, "train"):
+        initial.check(config)
     dataset = data.training_set(config)
     if cluster.first():
         sizes = {"images": len(dataset.unlabelled), "labelled": len(dataset.labelled)}
@@ -34,13 +37,8 @@ def run(config, workdir):
 
     names = steps.network_names(config)
     params = steps.init_params(names, "train", config, run.key)
-    targets = tuple(name for name in steps.mim_targets(config) if name in names)
-    epoch = -(-len(dataset.unlabelled) // config.mim.batch)
-    mim_steps = configuration.steps_of(config.mim.steps, epoch=epoch, key="mim.steps")
-    if mim_steps and targets:
-        pretrained = run.pretrain(targets, mim_steps, epoch)
-        for name in targets:
-            params[name]["encoder"] = pretrained.params[name]["encoder"]
+    if not checkpoint.begun(workdir, "train"):  # what goes on has weights of its own
+        params |= run.learned(names, params)
     state = run.train(names, params)
     if cluster.first():
         figures.training_curves(workdir)
@@ -57,6 +55,22 @@ class Run:
         if not data.streamed(config.data, dataset.rows):
             self.resident = sharding.everywhere(dataset.rows.take(dataset.unlabelled, config.data.threads), mesh)
         cluster.meet("data")
+
+    def learned(self, names, params) -> dict:
+        """Of `params`, random ones, those of networks that another run or masked image modelling has taught."""
+        config, known = self.config, {}
+        if config.files.init:
+            known = initial.load(config, names)
+            cluster.say(f"{', '.join(known)}: weights of {config.files.init}")
+            if cluster.first():
+                whole.write(self.workdir / "init.json", json.dumps(initial.about(config.files.init), indent=1) + "\n")
+        targets = tuple(name for name in steps.mim_targets(config) if name in names and name not in known)
+        epoch = -(-len(self.dataset.unlabelled) // config.mim.batch)
+        total = configuration.steps_of(config.mim.steps, epoch=epoch, key="mim.steps")
+        if total and targets:
+            pretrained = self.pretrain(targets, total, epoch)
+            known |= {name: params[name] | {"encoder": pretrained.params[name]["encoder"]} for name in targets}
+        return known
 
     def pretrain(self, names, total: int, epoch: int) -> steps.TrainState:
         """Stage 1, masked image modelling on the pool, `total` steps."""

@@ -240,7 +240,7 @@ def test_the_key_decides_only_where_it_names_a_folder(mine, tiny_config):
     assert configuration.fingerprint(config(mine)) != configuration.fingerprint(config(mine, holdout=0))
     assert configuration.without_paths(plain.files.to_dict()) == configuration.without_paths({}) == {}
     kept = configuration.without_paths(config(mine).files.to_dict())
-    assert kept == {"images": True, "masks": True, "extra": False, "holdout": 0.2, "skip": 0}
+    assert kept == {"images": True, "masks": True, "extra": False, "init": False, "holdout": 0.2, "skip": 0}
 
 
 # --- more images for ISIC ---------------------------------------------------------------------------------------------
@@ -276,10 +276,11 @@ def test_extra_images_hold_nothing_that_is_measured_on(isic_dir, tmp_path, split
     settings = configuration.check(isic.get_config(arg))
     assert not configuration.outlined(settings)
     found, dev = data.training_set(settings), split == "dev"
-    own, more = 5 - dev, 5 - 2 * dev  # near, new a, new b; the development image's copies only where it may be learned from
+    own, more = 5 - dev, 3  # near, new a, new b
     assert len(found.labelled) == own and len(found.unlabelled) == own + more
-    assert f"left out: {2 + dev} equal to an image that is measured on" in found.summary
-    assert f"left out: {2 + dev} of a name that is measured on" in found.summary
+    for how in ("equal to an image", "of a name"):  # of the development image each once
+        assert f"left out: {2 + dev} {how} that is measured on" in found.summary
+        assert (f"left out: 1 {how} that is in the pool already" in found.summary) == (not dev)
     rows = found.rows.take(found.unlabelled)
     assert len({image.tobytes() for image in rows["image"]}) == own + more
     assert rows["mask"][:own].any((1, 2)).all() and not rows["mask"][own:].any()

@@ -151,6 +151,11 @@ def test_a_wrong_further_evaluation_is_refused_at_once(also):
         grid.check_also(["ph2", also])
 
 
+def test_a_further_evaluation_on_nothing_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="--also=PH2.flips: PH2 is neither one of isic2016.* nor a folder"):
+        grid.check_also(["ph2+flips", f"{tmp_path}+all", "PH2+flips"])
+
+
 @pytest.mark.parametrize("broken", ["main", "evaluate"])
 def test_a_cell_that_breaks_is_not_done(make, started, broken):
     one, (_, status) = make(), started

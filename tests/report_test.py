@@ -167,6 +167,12 @@ def test_our_own_impossible_rows_are_marked(results, tmp_path):
     assert read(tmp_path / "out", "runs")[0]["check"] == row["check"]
 
 
+def test_long_titles_make_file_names_that_a_disk_takes_and_that_differ():
+    long = "mira_u " + " ".join(f"augment.strong_magnitude={i}" for i in range(40))
+    names = [text.slug(t) for t in (long, long + "0", "a: b")]
+    assert len(set(names)) == 3 and max(map(len, names)) == 80 and names[2] == "a_b" and names[0][:60] == names[1][:60]
+
+
 def test_dev_runs_are_not_set_beside_the_paper(results, tmp_path):
     results("frac=0.1,split=dev,label_seed=3,seed=3", 0.9)
     report.write(runs.load([results.folder]), tmp_path / "out")
