@@ -354,7 +354,9 @@ def save(config, workdir, facts: dict, data: dict | None = None):
     """
     path, kept = pathlib.Path(workdir) / "config.json", facts | ({"data": data} if data else {})
     if path.exists():
-        old, new = settled(load(workdir)), settled(config)
+        begun, kept = load(workdir), json.loads(path.read_text())
+        leaves = settled if kept.get("data", {}).get("digest") else decides
+        old, new = leaves(begun), leaves(config)
         differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if differ:
             k = differ[0]
@@ -362,7 +364,6 @@ def save(config, workdir, facts: dict, data: dict | None = None):
                 f"{workdir} holds a run with {k}={old.get(k, LATER.get(k))!r}, this one has {k}={new.get(k, LATER.get(k))!r}"
                 f" ({len(differ)} keys differ): use another --workdir or remove that folder"
             )
-        kept = json.loads(path.read_text())
         del kept["config"]
         if data and kept.setdefault("data", data) != data:
             before, now = (f"{d['images']} images, {d['labelled']} labelled" for d in (kept["data"], data))

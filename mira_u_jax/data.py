@@ -17,7 +17,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mira_u_jax import files, inputs
+from mira_u_jax import files, inputs, learned
 from mira_u_jax.errors import UserError
 from tfds_builders import build, common
 from tfds_builders.common import DataError
@@ -65,6 +65,7 @@ class TrainingSet:
     unlabelled: np.ndarray  # the pool: every training image, labelled ones included
     summary: str  # what was found; the first line says how many are labelled
     digest: str = ""  # of ids and contents: a run goes on with the same only
+    images: learned.Images = learned.NOTHING  # the pool, as a run remembers it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +100,18 @@ def training_set(config) -> TrainingSet:
     if not len(labelled):
         raise UserError(f"config key frac={config.frac}: {summary}; take a larger frac or another label_seed")
     source, ids = builder.as_data_source(split=part), [facts[i]["id"].decode() for i in picked]
-    contents = [builder.info.metadata["sources_sha256"]]
+    contents, images = [builder.info.metadata["sources_sha256"]], learned.Images(frozenset(ids))
     if config.files.extra:
         more = extra_images(config, builder)
         summary += "".join(f"\n  {note}" for note in more.notes)
         picked = np.concatenate([picked, len(source) + np.arange(len(more.images), dtype=np.int32)])
         ids += more.images
         contents += [more.sha256[file] for file in more.images.values()]
+        images |= learned.Images(files={more.sha256[file]: id for id, file in more.images.items()})
         source = files.Joined(source, files.FileRows(more))
     rows = Rows(source, picked, config.size)
     told = digest(ids, labelled.tolist(), contents)
-    return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary, told)
+    return TrainingSet(rows, labelled, np.arange(len(rows), dtype=np.int32), summary, told, images)
 
 
 def digest(ids: Sequence[str], labelled: Sequence[int], contents: Sequence[str]) -> str:
@@ -138,7 +140,8 @@ def folder_set(config) -> TrainingSet:
     names = [ids[i] for i in picked]
     used = [*(found.images[id] for id in names), *(found.masks[names[place]] for place in labelled)]
     told = digest(names, labelled, [found.sha256[file] for file in used])
-    return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary, told)
+    images = learned.Images(files={found.sha256[found.images[id]]: id for id in names})
+    return TrainingSet(rows, np.array(labelled, np.int32), np.arange(len(rows), dtype=np.int32), summary, told, images)
 
 
 def extra_images(config, builder) -> files.Found:
@@ -187,10 +190,14 @@ def in_pool(row, config) -> bool:
 
 
 class Examples(Sequence):
-    """The images of one evaluation, each decoded when it is asked for: `read` of one of `keys`."""
+    """The images of one evaluation, each decoded when it is asked for: `read` of one of `ids`, {key: id}.
 
-    def __init__(self, read: Callable[..., Example], keys: Sequence):
-        self.read, self.keys = read, keys
+    left_out: the ids of those that are `known`, as a run has learned from them.
+    """
+
+    def __init__(self, read: Callable[..., Example], ids: dict, known: Callable[[str], bool] = lambda id: False):
+        self.left_out = [id for id in ids.values() if known(id)]
+        self.read, self.keys = read, [key for key, id in ids.items() if id not in set(self.left_out)]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -199,17 +206,22 @@ class Examples(Sequence):
         return self.read(self.keys[i])
 
 
-def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Examples:
-    """The images of one evaluation.
+def measured_on(config) -> str:
+    """The data set that a run is measured on at its end."""
+    return config.dataset if config.split == "dev" else config.test
 
-    name: a data set or a folder with images/ and masks/, of which what the run was trained on is left out. split="dev": the
-    development part of the training images; "test": the test part (PH2: all 200, or the run's own fold when it was trained
-    in-domain). Raises UserError, DataError, also when an image is asked for.
+
+def evaluation_set(name: str, config, *, split: str, data_dir: str, known: learned.Images = learned.NOTHING) -> Examples:
+    """The images of one evaluation but those that are `known`.
+
+    name: a data set or a folder with images/ and masks/. split="dev": the development part of the training images; "test":
+    the test part (PH2: all 200, or the run's own fold when it was trained in-domain). Raises UserError, DataError, also when
+    an image is asked for.
     """
     if name == config.dataset == "folder":
-        return held_out_examples(config)
+        return held_out_examples(config, known)
     if name not in DATASETS:
-        return folder(pathlib.Path(name), config)
+        return folder(pathlib.Path(name), config.size, known)
     name = DATASETS[name]
     if split == "dev" and name == "ph2":
         raise UserError("split=dev: PH2 has no development part, use split=test")
@@ -220,11 +232,13 @@ def evaluation_set(name: str, config, *, split: str, data_dir: str) -> Examples:
         row = source[i]
         return Example(row["id"].decode(), common.squash(row["image"], config.size), row["mask"][..., 0] > 127)
 
-    in_domain = name == config.dataset == "ph2"
-    if split != "dev" and not in_domain:
-        return Examples(read, range(len(source)))  # nothing is read to know which
-    facts = builder.as_data_source(split=part, decoders=UNDECODED)
-    return Examples(read, [i for i, row in enumerate(facts) if (row["fold"] == config.fold if in_domain else row["dev"])])
+    def measured(row):
+        if name == config.dataset == "ph2":
+            return row["fold"] == config.fold
+        return split != "dev" or row["dev"]
+
+    facts = enumerate(builder.as_data_source(split=part, decoders=UNDECODED))
+    return Examples(read, {i: row["id"].decode() for i, row in facts if measured(row)}, known.hold_id)
 
 
 def short_name(name: str) -> str:
@@ -235,8 +249,8 @@ def short_name(name: str) -> str:
     return f"{path.name}_{hashlib.sha256(str(path).encode()).hexdigest()[:4]}"
 
 
-def folder(path: pathlib.Path, config) -> Examples:
-    """path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES, less `trained_on`."""
+def folder(path: pathlib.Path, size: int, known: learned.Images = learned.NOTHING) -> Examples:
+    """path/images and path/masks, paired by stem, the mask's with or without one of files.SUFFIXES."""
     for part in ("images", "masks"):
         if not (path / part).is_dir():
             raise UserError(
@@ -248,35 +262,13 @@ def folder(path: pathlib.Path, config) -> Examples:
         return common.by_id((files.id_of(f.name, outline=part == "masks"), f) for f in found if inputs.is_image(f.name))
 
     pairs = common.pair(by_id("images"), by_id("masks"), "every image needs one mask of the same name")
-    if known := trained_on(pairs, config):
-        told = f"{len(known)} of {len(pairs)} images, as {known[0]}, were trained on"
-        if len(known) == len(pairs):
-            raise UserError(f"--dataset={path}: {told}, so nothing is left to measure on")
-        print(f"left out: {told}", flush=True)
-    return Examples(lambda id: example(id, *pairs[id], config.size), sorted(pairs.keys() - set(known)))
+    return Examples(
+        lambda id: example(id, *pairs[id], size), {id: id for id in pairs}, lambda id: known.hold_file(id, pairs[id][0])
+    )
 
 
-def trained_on(pairs, config) -> list[str]:
-    """The ids of `pairs` {id: (image, outline)} whose image a run of `config` has learned from; sorted.
-
-    ISIC-2016's by their ids, which are the archive's; those of a folder by name and bytes, where that folder still is. What
-    was renamed or compressed again is not found.
-    """
-    if config.dataset == "isic2016":
-        pool = isic2016_dataset_builder.official_ids("train")
-        return sorted(id for id in pool if id in pairs and in_pool({"dev": common.is_dev("isic2016", id)}, config))
-    if config.dataset != "folder":
-        return []
-    try:
-        pool = files.unmeasured(config.files)
-    except UserError as error:
-        print(f"not known which of these images were trained on: {error}", flush=True)
-        return []
-    return sorted(id for id in pairs.keys() & pool.keys() if pool[id].read() == pairs[id][0].read())
-
-
-def held_out_examples(config) -> Examples:
-    """The outlined images of a folder that the run did not train on; with files.skip without those that are wrong."""
+def held_out_examples(config, known: learned.Images = learned.NOTHING) -> Examples:
+    """The outlined images of a folder that are held out; with files.skip without those that are wrong."""
     pairs = {id: pair for id, pair in files.pairs(config.files.images, config.files.masks).items()
              if files.held_out(id, config.files.holdout)}
 
@@ -289,7 +281,8 @@ def held_out_examples(config) -> Examples:
         except DataError:
             return False
 
-    return Examples(read, [id for id in pairs if not config.files.skip or readable(id)])
+    ids = {id: id for id in pairs if not config.files.skip or readable(id)}
+    return Examples(read, ids, lambda id: known.hold_file(id, pairs[id][0]))
 
 
 def measurable(config) -> bool:

@@ -16,7 +16,20 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 from scipy.special import expit
 
-from mira_u_jax import boundary, calibration, command, config, data, figures, metrics, selective, whole, worst
+from mira_u_jax import (
+    boundary,
+    calibration,
+    command,
+    config,
+    data,
+    figures,
+    initial,
+    learned,
+    metrics,
+    selective,
+    whole,
+    worst,
+)
 from mira_u_jax.errors import UserError
 from mira_u_jax.logger import Logger
 from mira_u_jax.trained import NETWORKS, Predictor, at_size, mask_of, temperatures
@@ -43,7 +56,10 @@ def evaluate(
         raise UserError("--split=dev: this run has trained on those images; measure runs with split=dev there")
     split = split or (settings.split if own else "test")
     data_dir = data_dir or settings.data_dir
-    examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir)
+    examples = data.evaluation_set(name, settings, split=split, data_dir=data_dir, known=learned.of(workdir, settings))
+    if examples.left_out:
+        known, total = len(examples.left_out), len(examples) + len(examples.left_out)
+        print(f"left out: {known} of {total} images, as {examples.left_out[0]}, were trained on", flush=True)
     (pathlib.Path(workdir) / "figures").mkdir(exist_ok=True)  # where it cannot be written to, say so before the work
     rows, tables, inverted = [], [], 0
     for example, found in predictor(examples):
@@ -52,7 +68,7 @@ def evaluate(
         tables.append(table)
         inverted += common.looks_inverted(example.mask)
     if not rows:
-        raise UserError(f"--dataset={name}: no images to evaluate")
+        raise UserError(f"--dataset={name}: no images to measure on")
     if inverted > len(rows) / 2:
         print(f"warning: in most masks of {name} the rim is lesion; lesion must be white, skin black", flush=True)
     if images_csv:
@@ -202,17 +218,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def measured_on(settings) -> str:
-    """The data set that a run is measured on at its end."""
-    return settings.dataset if settings.split == "dev" else settings.test
-
-
 def find_images(settings):
     """Find what the run will be measured on, so that hours of training do not end in its absence. UserError, DataError.
 
     All files of a folder are looked at when training begins.
     """
-    if (name := measured_on(settings)) != "folder":
+    if (name := data.measured_on(settings)) != "folder":
         data.evaluation_set(name, settings, split=settings.split, data_dir=settings.data_dir)
 
 
@@ -223,8 +234,9 @@ def finish(workdir):
     figures of each image, for paired statistics, are in DIR/evaluation_images.csv.
     """
     workdir, settings = pathlib.Path(workdir), config.load(workdir)
-    name = measured_on(settings)
+    name = data.measured_on(settings)
     if name == "folder" and not data.measurable(settings):
+        temperature(workdir, Predictor(workdir), "", at_hand=True, refit=True)  # predict and export have a use for it
         print("no outlined image is held out (holdout): nothing is measured", flush=True)
         return
     result = evaluate(workdir, name, split=settings.split, images_csv=workdir / "evaluation_images.csv", refit=True)
@@ -235,7 +247,7 @@ def finish(workdir):
     run["config"]["files"] = config.without_paths(run["config"].get("files", {}))
     if not run["config"]["files"]:
         del run["config"]["files"]
-    if (began := workdir / "init.json").exists():
+    if (began := workdir / initial.FILE).exists():
         run["init"] = json.loads(began.read_text())
     seconds = round(Logger.seconds(workdir))
     write(workdir / "result.json", run | {"evaluation": result, "seconds": seconds})

@@ -77,12 +77,6 @@ def pairs(images, masks) -> dict[str, tuple[File, File]]:
     return {id: (found[id][0], outlines[id][0]) for id in alone}
 
 
-def unmeasured(cfg) -> dict[str, File]:
-    """id -> image of configuration keys `files`, but for the outlined ones that are held out; by name only."""
-    held = {id for id in pairs(cfg.images, cfg.masks) if held_out(id, cfg.holdout)}
-    return {id: same[0] for id, same in _listed(cfg.images, "images")[0].items() if id not in held}
-
-
 def id_of(name: str, *, outline: bool = False) -> str:
     """The id of a file: its name without folders and extension, that of an outline without SUFFIXES too."""
     stem = pathlib.Path(name).stem

@@ -148,8 +148,10 @@ def check_also(also: list[str]):
         dataset, *masks = what.split("+")
         if not dataset or not set(masks) <= MASKS.keys():
             raise UserError(f"--also={what}: write DATASET, and after it none or some of +{', +'.join(MASKS)}")
-        if dataset not in data.DATASETS and not pathlib.Path(dataset).is_dir():
-            raise UserError(f"--also={what}: {dataset} is neither one of {', '.join(data.DATASETS)} nor a folder")
+        parts = [pathlib.Path(dataset, part).is_dir() for part in ("images", "masks")]
+        if dataset not in data.DATASETS and not all(parts):
+            known = ", ".join(data.DATASETS)
+            raise UserError(f"--also={what}: {dataset} is neither one of {known} nor a folder with images/ and masks/")
 
 
 def chosen(names: list[str], index: int | None, shard: str | None) -> list[str]:

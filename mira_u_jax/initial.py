@@ -8,73 +8,86 @@ import json
 import pathlib
 
 import jax
+from ml_collections import FrozenConfigDict
 
-from mira_u_jax import checkpoint, data, files, steps
+from mira_u_jax import checkpoint, cluster, data, learned, steps, whole
 from mira_u_jax import config as configuration
 from mira_u_jax.errors import UserError
 
+FILE = "init.json"
 SAID = ("dataset", "split", "fold", "frac", "label_seed", "seed", "preset", "method", "ablate")
 
 
-def load(config, names) -> dict[str, dict]:
-    """{name: parameters} of those of `names` that the run in config.files.init has, on the host; UserError.
+def source(config) -> tuple[pathlib.Path, FrozenConfigDict]:
+    """(folder, configuration) of the run in config.files.init; UserError."""
+    folder = pathlib.Path(config.files.init).expanduser()
+    if not (folder / "config.json").is_file() or not checkpoint.begun(folder, "train"):
+        raise UserError(f"config key init={folder}: give the folder of a run of main that has saved weights of stage 2")
+    return folder, configuration.load(folder)
 
-    The two must agree in their layers; size, dropout and method may differ.
+
+def shapes(config, names, *, whose: str):
+    """Abstract parameters of those of `names` that a run of `config` has."""
+    try:
+        return steps.abstract_params(config, [name for name in names if name in steps.network_names(config)])
+    except UserError as error:
+        raise UserError(f"config key init: {whose} is {error}") from None
+
+
+def check(config) -> learned.Images:
+    """What the run in config.files.init has learned from. Before anything is read or written.
+
+    UserError where there is none, where a network has other layers than this run's, and where it has learned from what this
+    run is measured on.
     """
-    folder = config.files.init
-    source = settings_of(folder)
-    averages, wanted = steps.abstract_params(source), steps.abstract_params(config)
-    shared = [name for name in names if name in averages]
-    for name in shared:
-        if describe(averages[name]) != describe(wanted[name]):
+    folder, before = source(config)
+    names = steps.network_names(config)
+    wanted = shapes(config, names, whose="this one")
+    for name, found in shapes(before, names, whose=str(folder)).items():
+        if described(found) != described(wanted[name]):
             raise UserError(
                 f"config key init={folder}: its {name} has other layers than this run's; take the preset and the keys"
                 f" {name}.* that it was trained with"
             )
-    return jax.device_get({name: checkpoint.load_ema(folder, averages)[name] for name in shared})
+    known = learned.of(folder, before)
+    measured = data.measured_on(config)
+    taught = data.evaluation_set(measured, config, split=config.split, data_dir=config.data_dir, known=known).left_out
+    if taught:
+        hint = "a run with split=dev" if config.split == "dev" else "another run"
+        raise UserError(
+            f"config key init={folder}: it has learned from {len(taught)} of the images that this run is measured on, as"
+            f" {taught[0]}; take {hint}"
+        )
+    return known
 
 
-def describe(params) -> list:
+def take(workdir, config, names) -> dict[str, dict]:
+    """{name: parameters} of those of `names` that the run in config.files.init has, on the host; DIR/init.json says of what.
+
+    UserError where that run has gone on since this one began.
+    """
+    folder, before = source(config)
+    averages = checkpoint.load_ema(folder, shapes(before, names, whose=str(folder)))
+    if cluster.first():
+        about = {"weights": sum(checkpoint.checksums(averages).values()) % 2**53} | described_run(folder)
+        path = pathlib.Path(workdir) / FILE
+        if path.exists() and json.loads(path.read_text())["weights"] != about["weights"]:
+            raise UserError(
+                f"config key init={folder}: its weights are others than those that {workdir} began with; give another"
+                " --workdir to begin with these"
+            )
+        whole.write(path, json.dumps(about, indent=1) + "\n")
+    return jax.device_get(averages)
+
+
+def described(params) -> list:
     """Path, shape and type of each leaf."""
     return [(jax.tree_util.keystr(path), x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def settings_of(folder):
-    """The configuration of the run in `folder`; UserError."""
-    try:
-        return configuration.load(folder)
-    except UserError as error:
-        raise UserError(f"config key init={folder}: give the folder of a run of main ({error})") from None
-
-
-def check(config):
-    """UserError where the run in config.files.init, or one that it began with in turn, has learned from what is measured."""
-    before = config
-    while folder := before.files.init:
-        if before is not config and not pathlib.Path(folder).exists():
-            print(f"not known what {folder} learned from, with which {config.files.init} began: it is gone", flush=True)
-            return
-        before = settings_of(folder)
-        if why := learned(before, config):
-            raise UserError(f"config key init={folder}: it was trained on images that this run is measured on ({why})")
-
-
-def learned(source, config) -> str:
-    """Which of the images that a run of `config` is measured on a run of `source` was trained on; "" for none."""
-    if config.dataset == "folder":
-        held = {id: pair for id, pair in files.pairs(config.files.images, config.files.masks).items()
-                if files.held_out(id, config.files.holdout)}
-        known = data.trained_on(held, source)
-        return f"{len(known)} of those held out, as {known[0]}" if known else ""
-    if source.dataset != (config.dataset if config.split == "dev" else config.test):
-        return ""
-    if source.dataset == "ph2":
-        return "" if source.fold == config.fold >= 0 else "four folds of PH2; take a run with the same fold"
-    return "the development images; take a run with split=dev" if config.split == "dev" and source.split != "dev" else ""
-
-
-def about(folder) -> dict:
-    """Where the weights come from: commit, data and the keys in SAID of the run in `folder`, without paths."""
-    run = json.loads((pathlib.Path(folder) / "config.json").read_text())
-    settings = {key: run["config"][key] for key in SAID}
-    return {"commit": run.get("commit", ""), "config": settings, "data": run.get("data", {})}
+def described_run(folder: pathlib.Path) -> dict:
+    """Commit, data and the keys in SAID of the run in `folder`, and with what that run began; no path."""
+    run = json.loads((folder / "config.json").read_text())
+    about = {"commit": run.get("commit", ""), "config": {k: run["config"][k] for k in SAID if k in run["config"]}}
+    about["data"] = run.get("data", {})
+    return about | ({"init": json.loads((folder / FILE).read_text())} if (folder / FILE).exists() else {})

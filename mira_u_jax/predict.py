@@ -93,6 +93,8 @@ def predict(
         read = ahead(pool, functools.partial(read_item, size=predictor.settings.size), files.items(), threads)
         looked = (item for group in batched(good(read), batch) for item in with_maps(step, group, batch))
         heat = predictor.temperature if probability else None
+        if heat == 1:
+            print(f"no temperature was fitted for {predictor.name}: probabilities are the mean of its passes", flush=True)
         write = functools.partial(write_item, output=output, temperature=heat, largest=predictor.largest)
         for row in ahead(pool, write, looked, threads):
             table.writerow(row)

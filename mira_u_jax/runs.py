@@ -43,6 +43,7 @@ class Run:
     commit: str
     hardware: str
     seconds: float
+    init: dict = dataclasses.field(default_factory=dict)  # of the run whose weights it began with (initial.FILE)
 
     @property
     def pair(self) -> tuple[int, int]:
@@ -119,6 +120,8 @@ class Group:
         known = configuration.LATER | own
         for leaves in (meant, known):  # of a folder a result says only that it was given
             leaves |= {k: bool(v) for k, v in leaves.items() if k.removeprefix("files.") in configuration.FOLDERS}
+        if began := self.runs[0].init.get("config"):
+            known["files.init"] = "_".join(str(began.get(k, "")) for k in ("dataset", "frac", "method"))
         differing = {k: v for k, v in known.items() if (v != meant[k] if k in meant else v)}
         return {
             k: v for k, v in differing.items()
@@ -192,7 +195,8 @@ def read(path: pathlib.Path) -> Run | None:
     except (ValueError, KeyError, TypeError):
         return None
     return Run(
-        path, config, evaluation, r.get("also", {}), r.get("commit", ""), r.get("hardware", ""), r.get("seconds", math.nan)
+        path, config, evaluation, r.get("also", {}), r.get("commit", ""), r.get("hardware", ""), r.get("seconds", math.nan),
+        r.get("init", {}),
     )
 
 

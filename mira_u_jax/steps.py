@@ -130,13 +130,17 @@ def fresh_params(names, stage: str, config, key) -> dict:
 init_params = jax.jit(fresh_params, static_argnums=(0, 1, 2), compiler_options={"xla_backend_optimization_level": 0})
 
 
-def abstract_params(config) -> dict:
-    """Shapes and types of the parameters of stage "train", nothing computed. UserError for an older run's ViT."""
-    if "vit" in network_names(config) and "head_widths" not in config.vit:
+def abstract_params(config, names=None) -> dict:
+    """Shapes and types of the parameters of stage "train", nothing computed. UserError for an older run's ViT.
+
+    names: those of its networks that are asked for; None is all.
+    """
+    names = tuple(names or network_names(config))
+    if "vit" in names and "head_widths" not in config.vit:
         raise UserError(
             "a run with vit.head_channels: its ViT has a head that is no longer here; the commit in its config.json reads it"
         )
-    make = functools.partial(fresh_params, network_names(config), "train", config)
+    make = functools.partial(fresh_params, names, "train", config)
     return jax.eval_shape(make, jax.random.key(0))
 
 

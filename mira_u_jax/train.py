@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import itertools
-import json
 import pathlib
 import platform
 import subprocess
@@ -12,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from mira_u_jax import checkpoint, cluster, data, figures, initial, metrics, sharding, steps, trained, whole
+from mira_u_jax import checkpoint, cluster, data, figures, initial, learned, metrics, sharding, steps, trained
 from mira_u_jax import config as configuration
 from mira_u_jax.errors import Preempted, UserError
 from mira_u_jax.logger import Logger
@@ -24,12 +23,14 @@ def run(config, workdir):
     mesh = sharding.make_mesh()
     if key := sharding.misfit(config, mesh.size):
         raise UserError(f"config key {key} on {mesh.size} devices")
-    if config.files.init and not checkpoint.begun(workdir, "train"):
-        initial.check(config)
+    goes_on = checkpoint.begun(workdir, "train")  # with weights of its own; asked before any process can save
+    begins_with = initial.check(config) if config.files.init and not goes_on else learned.NOTHING
     dataset = data.training_set(config)
     if cluster.first():
         sizes = {"images": len(dataset.unlabelled), "labelled": len(dataset.labelled)}
         configuration.save(config, workdir, facts(), sizes | {"digest": dataset.digest})
+        if not goes_on:
+            learned.keep(workdir, dataset.images | begins_with)
     cluster.meet("configuration")
     configuration.load(workdir)  # raises where a process does not see the folder of the others
     cluster.say(f"{config.dataset}: {dataset.summary}")
@@ -37,8 +38,8 @@ def run(config, workdir):
 
     names = steps.network_names(config)
     params = steps.init_params(names, "train", config, run.key)
-    if not checkpoint.begun(workdir, "train"):  # what goes on has weights of its own
-        params |= run.learned(names, params)
+    if not goes_on:
+        params |= run.taught(names, params)
     state = run.train(names, params)
     if cluster.first():
         figures.training_curves(workdir)
@@ -56,14 +57,12 @@ class Run:
             self.resident = sharding.everywhere(dataset.rows.take(dataset.unlabelled, config.data.threads), mesh)
         cluster.meet("data")
 
-    def learned(self, names, params) -> dict:
+    def taught(self, names, params) -> dict:
         """Of `params`, random ones, those of networks that another run or masked image modelling has taught."""
         config, known = self.config, {}
         if config.files.init:
-            known = initial.load(config, names)
+            known = initial.take(self.workdir, config, names)
             cluster.say(f"{', '.join(known)}: weights of {config.files.init}")
-            if cluster.first():
-                whole.write(self.workdir / "init.json", json.dumps(initial.about(config.files.init), indent=1) + "\n")
         targets = tuple(name for name in steps.mim_targets(config) if name in names and name not in known)
         epoch = -(-len(self.dataset.unlabelled) // config.mim.batch)
         total = configuration.steps_of(config.mim.steps, epoch=epoch, key="mim.steps")

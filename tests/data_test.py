@@ -7,15 +7,12 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from mira_u_jax import data, sharding, steps, train
 from mira_u_jax.errors import UserError
 from tfds_builders import common
 from tfds_builders.common import DataError
-
-SETTINGS = FrozenConfigDict({"size": 16, "dataset": "synthetic_lesions"})
 
 INDICES = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233], np.int32)
 
@@ -115,7 +112,7 @@ def pairs(tmp_path):
 
 
 def test_folder_pairs_by_stem_with_and_without_segmentation(pairs):
-    examples = list(data.folder(pairs, SETTINGS))
+    examples = list(data.folder(pairs, 16))
     assert [e.id for e in examples] == ["a", "b", "c"]
     for e in examples:
         assert e.image.shape == (16, 16, 3) and e.image.dtype == np.uint8
@@ -158,7 +155,7 @@ def broken_image(path):
 def test_folder_names_what_is_wrong_in_one_line(pairs, fault):
     named = fault(pairs)
     with pytest.raises((UserError, DataError)) as error:
-        list(data.folder(pairs, SETTINGS))
+        list(data.folder(pairs, 16))
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -31,7 +31,6 @@ from mira_u_jax import (
 from mira_u_jax.errors import UserError
 from mira_u_jax.rng import named
 
-SETTINGS = FrozenConfigDict({"size": 32, "dataset": "synthetic_lesions"})
 PROMISED = {  # in results/*.json and DIR/evaluation.json, for whoever reads them
     "dataset", "images", "dice", "iou", "accuracy", "precision", "recall", "dice_pooled", "iou_pooled", "hd95", "assd",
     "missed", "failure_rate", "ece", "ause", "ci95",
@@ -344,7 +343,7 @@ def test_a_run_from_before_the_keys_is_measured_as_they_default(run, tmp_path):
 
 
 def test_only_the_images_that_are_drawn_are_looked_at_again(run, folder, measured):
-    predictor, examples = trained.Predictor(run), data.folder(folder, SETTINGS)
+    predictor, examples = trained.Predictor(run), data.folder(folder, 32)
     dice = np.array([float(row["dice"]) for row in measured[1]])
     picked = evaluate.best_middle_worst(dice, each=1)
     assert len(set(picked)) == 3 and np.argmax(dice) == picked[0] and dice[picked[-1]] == dice.min()

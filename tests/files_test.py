@@ -12,10 +12,9 @@ from PIL import Image
 from configs import folder as folder_config
 from configs import isic
 from mira_u_jax import config as configuration
-from mira_u_jax import data, files
+from mira_u_jax import data, files, learned
 from mira_u_jax.errors import UserError
 from tfds_builders import build, common
-from tfds_builders.isic2016 import isic2016_dataset_builder
 
 NAMES = [f"mole {i:02d}" for i in range(12)]  # with a space, as people have them
 
@@ -95,8 +94,8 @@ def test_a_share_is_held_out_and_an_image_stays_on_its_side():
     assert not held[0] and held[0.2] < held[0.5] and 0.17 < len(held[0.2]) / 3000 < 0.23
 
 
-def test_what_a_run_was_trained_on_is_not_measured(mine, capsys):
-    """In a folder that holds the run's images too; another image under a known name is measured."""
+def test_what_a_run_was_trained_on_is_not_measured(mine):
+    """In a folder that holds the run's images too, under whatever name; nor what is outlined and held out later."""
     own, other = config(mine, holdout=0.4), mine / "other"
     for i, name in enumerate(NAMES):
         for part, pixels in zip(("images", "masks"), lesion(i, (64, 48) if i == 3 else (40, 30)), strict=True):
@@ -105,37 +104,50 @@ def test_what_a_run_was_trained_on_is_not_measured(mine, capsys):
     for path in (mine / "images").rglob("*.jpg"):
         (other / "images" / f"{path.stem}.png").unlink()
         shutil.copy(path, other / "images")
+    learned.keep(mine, data.training_set(own).images)
+    known = learned.of(mine, own)
 
-    def measured():
-        return [e.id for e in data.evaluation_set(str(other), own, split="test", data_dir="")]
+    def measured(name, settings=own):
+        found = data.evaluation_set(str(name), settings, split="test", data_dir="", known=known)
+        assert not {e.id for e in found} & set(found.left_out) and len(found) + len(found.left_out) >= len(found)
+        return [e.id for e in found], found.left_out
 
     held = [name for name in NAMES[:8] if files.held_out(name, 0.4)]
-    assert 0 < len(held) < 8 and measured() == held
-    learnt = next(name for name in NAMES if name not in held)
-    assert f"left out: {12 - len(held)} of 12 images, as {learnt}, were trained on" in capsys.readouterr().out
-    (path,) = (other / "images").glob(f"{learnt}.*")
+    assert 0 < len(held) < 8 and measured(other) == (held, [name for name in NAMES if name not in held])
+    assert measured("folder") == (held, [])
+    for path in [*(other / "images").glob(f"{NAMES[8]}.*"), *(other / "masks").glob(f"{NAMES[8]}.*")]:
+        path.rename(path.with_name(f"renamed{path.suffix}"))
+    assert "renamed" in measured(other)[1]
+    (path,) = (other / "images").glob("renamed.*")
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-    assert measured() == sorted([*held, learnt])
-    for name in (*held, learnt):
-        for path in other.rglob(f"{name}.*"):
-            path.unlink()
-    with pytest.raises(UserError, match="nothing is left to measure on"):
-        measured()
-    (mine / "images").rename(mine / "moved")
-    assert len(measured()) == 11 - len(held) and "not known which" in capsys.readouterr().out
+    assert measured(other)[0] == [*held, "renamed"]
+
+    for i, name in enumerate(NAMES):  # all are outlined now, so some of the pool count as held out
+        Image.fromarray(lesion(i, (64, 48) if i == 3 else (40, 30))[1]).save(mine / "outlines" / f"{name}.png")
+    for path in (*(mine / "outlines").glob("*_mask.png"), *(mine / "outlines").glob("*_Segmentation.png")):
+        path.unlink()
+    late = [name for name in NAMES[8:] if files.held_out(name, 0.6)]
+    assert late and set(late) <= set(measured("folder", config(mine, holdout=0.6))[1])
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])
-def test_an_archive_is_measured_without_the_images_of_isic_2016_that_taught(tmp_path, tiny_config, split):
-    ids = isic2016_dataset_builder.official_ids("train")[:40] + ["ISIC_0999999"]
+def test_an_archive_is_measured_without_the_images_of_isic_2016_that_taught(isic_dir, tmp_path, split):
+    """As a folder, and as a data set; of a run from before they were kept too."""
+    settings = configuration.check(isic.get_config(f"preset=smoke,frac=1,split={split},data_dir={isic_dir}"))
+    pool = data.training_set(settings).images
+    assert pool.ids == {*cli_test.TRAIN, *([DEV] if split == "test" else [])}
+    older = learned.of(tmp_path / "older", settings)
+    assert len(older.ids) > 700 and pool.ids <= older.ids and (DEV in older.ids) == (split == "test")
+    ids = [*cli_test.TRAIN, DEV, "ISIC_0999999"]
     for id in ids:
         for part, pixels in zip(("images", "masks"), lesion(0), strict=True):
             (tmp_path / part).mkdir(exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / part / f"{id}{'_Segmentation' if part == 'masks' else ''}.png")
-    settings = tiny_config(f"split={split}", dataset="isic2016")
-    left = [e.id for e in data.evaluation_set(str(tmp_path), settings, split="test", data_dir="")]
-    assert left == [id for id in ids if id == ids[-1] or split == "dev" and common.is_dev("isic2016", id)]
-    assert (len(left) > 1) == (split == "dev")
+    for known in (pool, older):
+        found = data.evaluation_set(str(tmp_path), settings, split="test", data_dir="", known=known)
+        assert [e.id for e in found] == ids[len(cli_test.TRAIN) + (split == "test"):]
+        dev = data.evaluation_set("isic2016", settings, split="dev", data_dir=str(isic_dir), known=known)
+        assert dev.left_out == ([DEV] if split == "test" else []) and len(dev) == (split == "dev")
 
 
 def broken(mine):
@@ -283,6 +295,7 @@ def test_extra_images_hold_nothing_that_is_measured_on(isic_dir, tmp_path, split
         assert (f"left out: 1 {how} that is in the pool already" in found.summary) == (not dev)
     rows = found.rows.take(found.unlabelled)
     assert len({image.tobytes() for image in rows["image"]}) == own + more
+    assert sorted(found.images.files.values()) == ["near", "new a", "new b"] and len(found.images.ids) == own
     assert rows["mask"][:own].any((1, 2)).all() and not rows["mask"][own:].any()
 
 

@@ -152,6 +152,8 @@ def test_a_wrong_further_evaluation_is_refused_at_once(also):
 
 
 def test_a_further_evaluation_on_nothing_is_refused_at_once(tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
     with pytest.raises(UserError, match="--also=PH2.flips: PH2 is neither one of isic2016.* nor a folder"):
         grid.check_also(["ph2+flips", f"{tmp_path}+all", "PH2+flips"])
 

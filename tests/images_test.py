@@ -4,14 +4,11 @@ import io
 
 import numpy as np
 import pytest
-from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from mira_u_jax import data, files
 from tfds_builders import common
 from tfds_builders.common import DataError, Source
-
-SETTINGS = FrozenConfigDict({"size": 32, "dataset": "synthetic_lesions"})
 
 LESION = np.pad(np.full((20, 30), 255, np.uint8), ((20, 20), (25, 25)))  # 60 x 80
 SKIN = np.where(LESION[..., None] > 0, [90, 60, 50], [210, 170, 150]).astype(np.uint8)
@@ -105,7 +102,7 @@ def folder(path, masks, suffix=".png"):
 
 def test_names_with_spaces_umlauts_and_upper_case_extensions(tmp_path):
     names = ["läsion 1", "病变", "a.b", "MIXED Case"]
-    examples = list(data.folder(folder(tmp_path, dict.fromkeys(names, LESION), "_Segmentation.PNG"), SETTINGS))
+    examples = list(data.folder(folder(tmp_path, dict.fromkeys(names, LESION), "_Segmentation.PNG"), 32))
     assert sorted(e.id for e in examples) == sorted(names)
     assert all((e.mask == (LESION > 0)).all() for e in examples)
 
@@ -114,7 +111,7 @@ def test_links_inside_a_folder_are_files(tmp_path):
     folder(tmp_path, {"a": LESION})
     (tmp_path / "images" / "b.JPG").symlink_to(tmp_path / "images" / "a.JPG")
     (tmp_path / "masks" / "b.png").symlink_to("a.png")
-    assert [e.id for e in data.folder(tmp_path, SETTINGS)] == ["a", "b"]
+    assert [e.id for e in data.folder(tmp_path, 32)] == ["a", "b"]
 
 
 def test_a_persons_own_folder_may_hold_links_to_anywhere_and_files_that_are_no_images(tmp_path):
@@ -127,7 +124,7 @@ def test_a_persons_own_folder_may_hold_links_to_anywhere_and_files_that_are_no_i
     (mine / "masks" / "b.png").symlink_to(store / "masks" / "b.png")
     (mine / "images" / "Thumbs.db").write_bytes(b"x")
     (mine / "masks" / "README.txt").write_text("outlines by two readers")
-    assert [e.id for e in data.folder(mine, SETTINGS)] == ["a", "b"]
+    assert [e.id for e in data.folder(mine, 32)] == ["a", "b"]
     found = files.check(mine / "images", mine / "masks")
     assert list(found.masks) == ["a", "b"] and not found.wrong
     with pytest.raises(DataError, match="b.JPG is a link out of the folder"):

@@ -1,23 +1,26 @@
 """Weights of another run: they arrive whole, and nothing that is measured has taught them."""
 
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from files_test import NAMES, config, mine  # noqa: F401 - a fixture
 
-from mira_u_jax import checkpoint, data, files, initial, steps, train
+from mira_u_jax import checkpoint, data, files, initial, learned, runs, steps, train
 from mira_u_jax import config as configuration
 from mira_u_jax.errors import Preempted, UserError
 
 
-def saved(settings, workdir):
+def saved(settings, workdir, images=learned.NOTHING):
     """A workdir with random networks of these settings: theta by its seed, phi another."""
     names = steps.network_names(settings)
     params, averages = (steps.init_params(names, "train", settings, jax.random.key(seed)) for seed in (5, 6))
     state = steps.init_state(params, steps.make_optimizer(settings.optim, names, lambda _: 0.0), settings.optim)
     configuration.save(settings, workdir, {"commit": "abc"}, {"images": 9, "labelled": 2, "digest": "d"})
+    learned.keep(workdir, images)
     with checkpoint.open_manager(workdir, "train") as manager:
         checkpoint.save(manager, 1, state.replace(ema=averages))
     return averages
@@ -27,88 +30,119 @@ def same(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
 
 
-def test_averages_of_the_networks_that_both_have(tiny_config, tmp_path):
-    """At another size, dropout and method; a supervised run takes the student alone, MIRA-U has to find a ViT itself."""
-    both, student = saved(tiny_config(), tmp_path / "both"), saved(tiny_config("method=supervised"), tmp_path / "student")
-    for arg, source, averages, names in (
-        ("", "both", both, ["student", "vit"]), ("method=supervised", "both", both, ["student"]),
-        ("", "student", student, ["student"]),
-    ):
-        settings = tiny_config(arg, size=64, **{"files.init": str(tmp_path / source), "student.dropout": 0.3})
-        found = initial.load(settings, steps.network_names(settings))
+def from_(folder, **keys):
+    return {"files.init": str(folder), **keys}
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_config, tmp_path_factory):
+    """{name: (folder, averages)} of a run of MIRA-U and of a supervised one."""
+    made = {}
+    for name in ("mira_u", "supervised"):
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = folder, saved(tiny_config(f"method={name}"), folder)
+    return made
+
+
+def test_averages_of_the_networks_that_both_have(tiny_config, sources, tmp_path):
+    """At another size, dropout and method; from a supervised run the student alone."""
+    both, one = ["student", "vit"], ["student"]
+    cases = (("mira_u", "mira_u", both), ("supervised", "mira_u", one), ("mira_u", "supervised", one))
+    for i, (method, source, names) in enumerate(cases):
+        folder, averages = sources[source]
+        settings = tiny_config(f"method={method}", size=64, **from_(folder, **{"student.dropout": 0.3}))
+        found = initial.take(tmp_path / str(i), settings, steps.network_names(settings))
         assert list(found) == names and all(same(found[name], averages[name]) for name in names)
 
 
-def test_other_layers_are_refused(tiny_config, tmp_path):
-    saved(tiny_config(), tmp_path)
+def test_what_can_be_wrong_with_it_is_said_before_anything_is_written(tiny_config, sources, tmp_path):
+    folder, _ = sources["mira_u"]
     for name, key, value in (("student", "student.widths", (8, 8, 16, 16, 24)), ("vit", "vit.depth", 2)):
-        settings = tiny_config(**{"files.init": str(tmp_path), key: value})
-        with pytest.raises(UserError, match=f"init=.*: its {name} has other layers"):
-            initial.load(settings, ("student", "vit"))
+        with pytest.raises(UserError, match=f"key init=.*: its {name} has other layers"):
+            initial.check(tiny_config(**from_(folder, **{key: value})))
+    (tmp_path / "file").write_text("x")
+    configuration.save(tiny_config(), tmp_path / "begun", {})
+    for wrong in ("nobody", "file", "begun"):
+        with pytest.raises(UserError, match=f"key init=.*{wrong}: give the folder of a run"):
+            train.run(tiny_config(**from_(tmp_path / wrong)), tmp_path / "run")
+    older = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "older")
+    older["config"]["vit"] |= {"head_channels": 8}
+    del older["config"]["vit"]["head_widths"]
+    (tmp_path / "older" / "config.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match="key init: .*older is a run with vit.head_channels"):
+        initial.check(tiny_config(**from_(tmp_path / "older")))
+    settings = tiny_config("method=supervised", **from_(tmp_path / "older"))  # which asks for its student alone
+    assert list(initial.take(tmp_path / "taken", settings, ("student",))) == ["student"]
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("source", "target", "why"), [
-    ({"dataset": "isic2016"}, {"dataset": "isic2016", "split": "dev"}, "development images; take a run with split=dev"),
-    ({"dataset": "isic2016", "split": "dev"}, {"dataset": "isic2016", "split": "dev"}, None),
-    ({"dataset": "isic2016"}, {"dataset": "isic2016"}, None),
-    ({"dataset": "isic2016"}, {"dataset": "isic2016", "test": "ph2"}, None),
-    ({"dataset": "ph2", "test": "ph2", "fold": 1}, {"dataset": "isic2016", "test": "ph2"}, "same fold"),
-    ({"dataset": "ph2", "test": "ph2", "fold": 1}, {"dataset": "ph2", "test": "ph2", "fold": 2}, "same fold"),
-    ({"dataset": "ph2", "test": "ph2", "fold": 1}, {"dataset": "ph2", "test": "ph2", "fold": 1}, None),
-])
-def test_what_is_measured_has_taught_nothing(tiny_config, tmp_path, source, target, why):
-    """Nor the run with which that run began."""
-    before = tiny_config(**source)
-    configuration.save(before, tmp_path / "first", {})
-    drawn = {"dataset": "synthetic_lesions", "test": "synthetic_lesions", "files.init": str(tmp_path / "first")}
-    configuration.save(tiny_config(**drawn), tmp_path / "second", {})
-    for folder in ("first", "second"):
-        settings = tiny_config(**target, **{"files.init": str(tmp_path / folder)})
-        if why is None:
-            initial.check(settings)
-            continue
-        with pytest.raises(UserError, match=f"init=.*first: it was trained on images .*{why}"):
-            initial.check(settings)
-    with pytest.raises(UserError, match="init=.*nobody: give the folder of a run of main"):
-        initial.check(tiny_config(**{"files.init": str(tmp_path / "nobody")}))
+def test_weights_that_have_gone_on_are_not_taken_for_those_of_before(tiny_config, sources, tmp_path):
+    settings = tiny_config("method=supervised", **from_(tmp_path / "source"))
+    saved(tiny_config("method=supervised"), tmp_path / "source")
+    first = initial.take(tmp_path / "run", settings, ("student",))
+    assert same(first, initial.take(tmp_path / "run", settings, ("student",)))
+    with checkpoint.open_manager(tmp_path / "source", "train") as manager:
+        later = jax.tree.map(lambda x: jnp.asarray(x) + 1, first)
+        tx = steps.make_optimizer(settings.optim, first, lambda _: 0.0)
+        checkpoint.save(manager, 2, steps.init_state(later, tx, settings.optim))
+    with pytest.raises(UserError, match="key init=.*others than those that .*run began with"):
+        initial.take(tmp_path / "run", settings, ("student",))
 
 
-def test_what_a_folder_holds_out_has_taught_nothing(mine, capsys):  # noqa: F811
-    configuration.save(config(mine, holdout=0), mine / "all", {})
-    configuration.save(config(mine, holdout=0.4), mine / "most", {})
+def test_what_a_folder_holds_out_has_taught_nothing(mine, tiny_config):  # noqa: F811
+    """Whatever run it comes from: one of the same folder, one that began with that, one on ISIC with these as `extra`."""
     held = [name for name in NAMES[:8] if files.held_out(name, 0.4)]
-    with pytest.raises(UserError, match=f"{len(held)} of those held out, as {held[0]}"):
-        initial.check(config(mine, holdout=0.4, init=mine / "all"))
-    initial.check(config(mine, holdout=0.4, init=mine / "most"))
-    (mine / "most" / "config.json").write_text((mine / "most" / "config.json").read_text().replace(
-        '"init": ""', f'"init": "{mine / "gone"}"'))
-    initial.check(config(mine, holdout=0.4, init=mine / "most"))
-    assert "not known what" in capsys.readouterr().out
+    most, all_of_it = config(mine, holdout=0.4), config(mine, holdout=0)
+    target = {"holdout": 0.4, "preset": "smoke"}
+    saved(most, mine / "most", data.training_set(most).images)
+    known = initial.check(config(mine, init=mine / "most", **target))
+    assert set(known.files.values()) == set(NAMES) - set(held)
+    saved(all_of_it, mine / "all", data.training_set(all_of_it).images)
+    isic = learned.Images(frozenset(["ISIC_0000000"]))
+    saved(tiny_config(dataset="isic2016"), mine / "extra", isic | learned.of(mine / "all", all_of_it))
+    for source in ("all", "extra"):
+        with pytest.raises(UserError, match=f"{len(held)} of the images that this run is measured on, as {held[0]}; take"):
+            initial.check(config(mine, init=mine / source, **target))
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_them_and_goes_on_without(tiny_config, mine, monkeypatch):  # noqa: F811
-    """Nothing is pretrained; where the source is gone a run goes on; what is kept says where the weights are from."""
-    averages = saved(tiny_config(dataset="isic2016"), mine / "isic")
-    settings = config(mine, init=mine / "isic")
-    begun = {}
+def test_a_run_begins_with_them_and_goes_on_without(mine, tiny_config, monkeypatch):  # noqa: F811
+    """The student is the source's, the ViT is pretrained; a run killed in either stage goes on, in the second one without
+    the source and without stage 1; what is kept says where the weights are from and all that taught them.
+    """
+    before = learned.Images(frozenset(["ISIC_0000000"]))
+    averages = saved(tiny_config("method=supervised", dataset="isic2016"), mine / "isic", before)
+    settings, begun, pretrained = config(mine, init=mine / "isic"), {}, []
+    stage, pretrain = train.Run.train, train.Run.pretrain
 
     def watched(run, names, params):
         begun.update(jax.device_get(params))
         return stage(run, names, params)
 
-    stage = train.Run.train
+    def seen(run, names, *args):
+        pretrained.append(names)
+        return pretrain(run, names, *args)
+
     monkeypatch.setattr(train.Run, "train", watched)
-    monkeypatch.setattr(train, "Notice", lambda: Leave(after=2))
-    with pytest.raises(Preempted):
-        train.run(settings, mine / "run")
-    assert same(begun, averages) and not checkpoint.folder(mine / "run", "pretrain").exists()
+    monkeypatch.setattr(train.Run, "pretrain", seen)
+    for after, stages in ((2, 1), (4, 2)):  # of 4 and 6 steps
+        monkeypatch.setattr(train, "Notice", lambda after=after: Leave(after))
+        with pytest.raises(Preempted):
+            train.run(settings, mine / "run")
+        assert pretrained == [("vit",)] * stages and bool(begun) == (stages == 2)
+    fresh = steps.init_params(("vit",), "train", settings, jax.random.key(settings.seed))["vit"]
+    assert same(begun["student"], averages["student"])
+    assert not same(begun["vit"]["encoder"], fresh["encoder"])
     (mine / "isic").rename(mine / "moved")
-    monkeypatch.setattr(train, "Notice", lambda: Leave(after=99))
+    shutil.rmtree(checkpoint.folder(mine / "run", "pretrain"))
+    monkeypatch.setattr(train, "Notice", lambda: Leave(99))
     state = train.run(settings, mine / "run")
-    assert int(state.step) == settings.train.steps
+    assert int(state.step) == settings.train.steps and len(pretrained) == 2
     known = json.loads((mine / "run" / "init.json").read_text())
     assert known["commit"] == "abc" and known["config"]["dataset"] == "isic2016" and str(mine) not in json.dumps(known)
+    taught = learned.of(mine / "run", settings)
+    assert taught.ids == before.ids and set(taught.files.values()) <= set(NAMES) and len(taught.files) >= 9
 
 
 class Leave:
@@ -131,16 +165,39 @@ class Leave:
 
 def test_images_that_moved_are_the_same_run_and_others_are_not(mine, tmp_path):  # noqa: F811
     """The digest tells: a run goes on with its folder elsewhere, and not with another folder in its place."""
-    def begin(settings):
-        digest = data.training_set(settings).digest
-        configuration.save(settings, tmp_path / "run", {}, {"images": 12, "labelled": 8, "digest": digest})
 
-    begin(config(mine))
+    def begin(settings, run="run", **data_of):
+        sizes = {"images": 12, "labelled": 8} | data_of
+        configuration.save(settings, tmp_path / run, {}, sizes)
+
+    def digest(settings):
+        return data.training_set(settings).digest
+
+    begin(config(mine), digest=digest(config(mine)))
+    begin(config(mine), run="older")
     (mine / "images").rename(mine / "elsewhere")
-    begin(config(mine, images=mine / "elsewhere"))
+    moved = config(mine, images=mine / "elsewhere")
+    begin(moved, digest=digest(moved))
     assert configuration.load(tmp_path / "run").files.images == str(mine / "elsewhere")
+    with pytest.raises(UserError, match="holds a run with files.images"):  # nothing would tell it from another folder
+        begin(moved, run="older")
     (mine / "elsewhere" / f"{NAMES[10]}.png").unlink()
     with pytest.raises(UserError, match="other data"):
-        begin(config(mine, images=mine / "elsewhere"))
+        begin(moved, digest=digest(moved))
     with pytest.raises(UserError, match="holds a run with files.init"):
-        begin(config(mine, images=mine / "elsewhere", init=mine))
+        begin(config(mine, images=mine / "elsewhere", init=mine), digest=digest(moved))
+
+
+def test_a_report_tells_runs_apart_by_what_they_began_with(results):
+    titles, few = set(), {"dataset": "isic2016", "frac": 0.1, "method": "mira_u"}
+    for i, began in enumerate((few, few | {"frac": 1}, None)):
+        path = results("method=supervised,preset=cpu", 0.9, label_seed=i)
+        result = json.loads(path.read_text())
+        if began:
+            result["config"]["files"]["init"] = True
+            result["init"] = {"config": began}
+        path.write_text(json.dumps(result))
+        titles.add(runs.grouped(runs.load([path]))[0].title)
+    assert len(titles) == 3 and "supervised init=isic2016_0.1_mira_u" in titles and "supervised" in titles
+
+
