@@ -196,8 +196,9 @@ class Examples(Sequence):
     """
 
     def __init__(self, read: Callable[..., Example], ids: dict, known: Callable[[str], bool] = lambda id: False):
-        self.left_out = [id for id in ids.values() if known(id)]
-        self.read, self.keys = read, [key for key, id in ids.items() if id not in set(self.left_out)]
+        learned_from = {key: id for key, id in ids.items() if known(id)}
+        self.read, self.keys = read, [key for key in ids if key not in learned_from]
+        self.left_out = list(learned_from.values())
 
     def __len__(self) -> int:
         return len(self.keys)

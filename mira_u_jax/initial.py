@@ -35,7 +35,7 @@ def shapes(config, names, *, whose: str):
 
 
 def check(config) -> learned.Images:
-    """What the run in config.files.init has learned from. Before anything is read or written.
+    """What the run in config.files.init has learned from; asked before anything is written.
 
     UserError where there is none, where a network has other layers than this run's, and where it has learned from what this
     run is measured on.

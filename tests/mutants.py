@@ -197,7 +197,7 @@ MUTANTS = [Mutant(*fields) for fields in (
     ("a run that is begun again takes what its source has become", "initial.py",
      '["weights"] != about["weights"]', '["weights"] == 0',
      "tests/initial_test.py -k gone_on"),
-    ("images that taught are measured", "data.py", "if id not in set(self.left_out)]", "]",
+    ("images that taught are measured", "data.py", "[key for key in ids if key not in learned_from]", "list(ids)",
      "tests/files_test.py -k not_measured"),
     ("test images come in under another name", "data.py", "found = known.get(fingerprint(pixels))",
      "found = None", "tests/files_test.py -k extra"),
