@@ -12,7 +12,8 @@ from mira_u_jax import whole
 from mira_u_jax.errors import UserError
 
 FILTERS = ("sigma", "probability", "entropy")
-FOLDERS = ("images", "masks", "extra", "init")  # keys of `files` that name one
+IMAGES = ("images", "masks", "extra")  # keys of `files` that name a folder of images
+FOLDERS = (*IMAGES, "init")  # or one of a run
 # Keys, and branches of keys, that change no result: where data and parameters lie, what is kept, what is computed at once.
 TRANSPORT = (
     "data_dir", "data", "mesh", "train.keep", "train.log_every", "train.save_every", "train.figures_every", "teacher.chunk",
@@ -308,7 +309,7 @@ def decides(config) -> dict:
 
 def settled(config) -> dict:
     """`decides`, but of a folder of images only that there is one: it may move, and the digest tells it from others."""
-    return {k: bool(v) if k in ("files.images", "files.masks", "files.extra") else v for k, v in decides(config).items()}
+    return {k: bool(v) if k.removeprefix("files.") in IMAGES else v for k, v in decides(config).items()}
 
 
 def without_paths(files: dict) -> dict:

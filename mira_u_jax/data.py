@@ -190,15 +190,19 @@ def in_pool(row, config) -> bool:
 
 
 class Examples(Sequence):
-    """The images of one evaluation, each decoded when it is asked for: `read` of one of `ids`, {key: id}.
+    """The images of one evaluation, each decoded when it is asked for: `read` of one of `keys`.
 
-    left_out: the ids of those that are `known`, as a run has learned from them.
+    left_out: the ids of those that are not measured on, as a run has learned from them.
     """
 
-    def __init__(self, read: Callable[..., Example], ids: dict, known: Callable[[str], bool] = lambda id: False):
+    def __init__(self, read: Callable[..., Example], keys: Sequence, left_out: Sequence[str] = ()):
+        self.read, self.keys, self.left_out = read, keys, left_out
+
+    @classmethod
+    def but(cls, read, ids: dict, known: Callable[[str], bool]):
+        """Those of `ids`, {key: id}, that are not `known`."""
         learned_from = {key: id for key, id in ids.items() if known(id)}
-        self.read, self.keys = read, [key for key in ids if key not in learned_from]
-        self.left_out = list(learned_from.values())
+        return cls(read, [key for key in ids if key not in learned_from], list(learned_from.values()))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -233,13 +237,15 @@ def evaluation_set(name: str, config, *, split: str, data_dir: str, known: learn
         row = source[i]
         return Example(row["id"].decode(), common.squash(row["image"], config.size), row["mask"][..., 0] > 127)
 
+    in_domain = name == config.dataset == "ph2"
+    if split != "dev" and not in_domain and known == learned.NOTHING:
+        return Examples(read, range(len(source)))  # nothing is read to know which
+
     def measured(row):
-        if name == config.dataset == "ph2":
-            return row["fold"] == config.fold
-        return split != "dev" or row["dev"]
+        return row["fold"] == config.fold if in_domain else split != "dev" or row["dev"]
 
     facts = enumerate(builder.as_data_source(split=part, decoders=UNDECODED))
-    return Examples(read, {i: row["id"].decode() for i, row in facts if measured(row)}, known.hold_id)
+    return Examples.but(read, {i: row["id"].decode() for i, row in facts if measured(row)}, known.hold_id)
 
 
 def short_name(name: str) -> str:
@@ -263,7 +269,7 @@ def folder(path: pathlib.Path, size: int, known: learned.Images = learned.NOTHIN
         return common.by_id((files.id_of(f.name, outline=part == "masks"), f) for f in found if inputs.is_image(f.name))
 
     pairs = common.pair(by_id("images"), by_id("masks"), "every image needs one mask of the same name")
-    return Examples(
+    return Examples.but(
         lambda id: example(id, *pairs[id], size), {id: id for id in pairs}, lambda id: known.hold_file(id, pairs[id][0])
     )
 
@@ -283,7 +289,7 @@ def held_out_examples(config, known: learned.Images = learned.NOTHING) -> Exampl
             return False
 
     ids = {id: id for id in pairs if not config.files.skip or readable(id)}
-    return Examples(read, ids, lambda id: known.hold_file(id, pairs[id][0]))
+    return Examples.but(read, ids, lambda id: known.hold_file(id, pairs[id][0]))
 
 
 def measurable(config) -> bool:

@@ -176,7 +176,7 @@ def darkness(monkeypatch, tiny_config):
         traced.append(image.shape)
         dark = 0.5 - image.astype(jnp.float32).mean(-1) / 255
         left = jnp.broadcast_to(jnp.arange(image.shape[2]) < image.shape[2] // 2, dark.shape)
-        return {"logits": 20 * dark, "mean_logits": 15 * dark, "sigma": jnp.where(left, 0.25, 0.0)}
+        return {"logits": 20 * dark, "mean_logits": 22.5 * dark, "sigma": jnp.where(left, 0.25, 0.0)}
 
     fake = types.SimpleNamespace(settings=tiny_config(), params=None, network=None, batch=2, passes=2, temperature=1.5)
     monkeypatch.setattr(trained, "look", look)
@@ -231,8 +231,8 @@ def test_probabilities_are_written_when_asked_for(tmp_path, darkness):
     run([tmp_path / "in.png"], tmp_path / "out", probability=True)
     found, mask = (np.asarray(Image.open(tmp_path / "out" / f"in_{name}.png")) for name in ("probability", "mask"))
     np.testing.assert_array_equal(found >= 128, mask > 0)
-    logit = 15 / 1.5 * (0.5 - np.mean([60, 40, 30]) / 255)  # of the dark side
-    assert found.shape == (48, 64) and found[24, 60] == round(255 / (1 + np.exp(-logit))) and found[24, 4] < 20
+    logit = 22.5 / 1.5 * (0.5 - np.mean([60, 40, 30]) / 255)  # of the dark side
+    assert found.shape == (48, 64) and found[24, 60] == round(255 / (1 + np.exp(-logit))) and found[24, 4] < 10
 
 
 def test_the_largest_part_is_kept_when_asked_for(tmp_path, darkness):
